@@ -1,0 +1,79 @@
+"""What one step is, in plain Python: how the scheduler asks and how the model runner answers.
+
+Knows no tensors, no text, no requests: a row is a place in the batch. `LeftPaddedBatch.build` turns a `StepInput`
+into tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ropeway.kernels.sampling_params import SamplingParams
+
+UNREAD = -1
+"""Stands for a token that is sampled but not yet read from the device."""
+
+
+@dataclass(slots=True, frozen=True)
+class RowState:
+    """A row that joins: fills its place in the persistent sampling state. Filled by `Scheduler.plan`."""
+
+    state_slot: int
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    """Tokens generated before the row joined (again): after preemption, or after an engine crash."""
+
+
+@dataclass(slots=True)
+class RowInput:
+    """One row's part of a step. Filled by `Scheduler.plan`, read by `LeftPaddedBatch.build`.
+
+    sequence   0 ........ start ............... start + len(token_ids)
+               in the KV cache  computed in this step   position of the sampled token
+    """
+
+    state_slot: int
+    token_ids: list[int]
+    """The ids to compute; only the last one may be `UNREAD`."""
+    start: int
+    """Position of the first of them = tokens of the row already in the cache."""
+    block_table: list[int]
+    """KV blocks that cover [0, start + len(token_ids)); 0 where a block was freed because no layer sees it any more."""
+    prev_row: int = -1
+    """Row of the previous step whose sampled id is the `UNREAD` token; -1 if there is none."""
+    sample: bool = True
+    """Whether a token is sampled from the last token's logits (False: a prefill chunk with more to come)."""
+
+
+@dataclass(slots=True)
+class StepInput:
+    """All that one step computes, in the order in which it happens: joins, copies, forward, sampling."""
+
+    rows: list[RowInput]
+    joins: list[RowState] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source block, destination block), copied in every layer before the forward (copy on write)."""
+
+
+@dataclass(slots=True, frozen=True)
+class TokenLogprobs:
+    """Log-softmax in fp32 of the model's own logits (before penalties, bias, temperature and masks)."""
+
+    logprob: float
+    """Of the chosen token."""
+    top: list[tuple[int, float]]
+    """(token id, logprob) of the most likely tokens, best first; `SamplingParams.logprobs` of them."""
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a step gave, row by row of its `StepInput`."""
+
+    token_ids: list[int]
+    """The sampled id; -1 for a row with `sample=False`."""
+    finite: list[bool]
+    """False where a row's logits hold NaN, or +inf, or nothing but -inf: the row must end with an error."""
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    """Row number -> logprobs, for rows that asked."""
+    computed_slots: int = 0
+    """Token places the forward computed, pads and bucket rounding included: padding_ratio = 1 - real / computed."""

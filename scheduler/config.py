@@ -1,0 +1,36 @@
+"""What the engine is started with. Plain data: the command line fills it, the engine process reads it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(slots=True, frozen=True)
+class EngineConfig:
+    """One engine: a model, its memory and the limits of its batch. Sizes in tokens unless a name says bytes."""
+
+    model: str
+    """Folder or hub id."""
+    tokenizer: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    """Template text (already read from its file) that replaces the model's own."""
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: Literal["auto", "safetensors"] = "auto"
+    max_model_len: int | None = None
+    """Longest prompt + output; None = what the model's config says."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    """None = sized from the device's free memory (GPU) or a quarter of the machine's (CPU), see `kernels/memory.py`."""
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    prefix_cache_scope: Literal["key", "server"] = "key"
+    batch_layout: Literal["auto", "padded", "packed"] = "auto"
+    lag: Literal[0, 1] | None = None
+    """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
+    seed: int = 0
+    threads: int | None = None
+    """Intra-op threads on the CPU; None = torch's default."""

@@ -1,0 +1,135 @@
+"""What crosses the process boundary between API workers and the engine: msgspec structs, encoded as msgpack.
+
+Every message carries the engine's generation (1 for the first engine process, +1 per restart); a receiver drops
+messages of another generation. Times are `time.monotonic()` seconds, which all processes of one machine share.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.step import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+Phase = Literal["loading", "compiling", "stepping", "dead"]
+
+
+class ChoiceStart(msgspec.Struct, array_like=True, frozen=True):
+    """One choice of a request; `output_ids` holds what was already streamed before an engine crash."""
+
+    index: int
+    output_ids: list[int] = []
+
+
+class AddRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
+    """Worker -> engine. Choice i samples with seed `sampling.seed + i` (wrapping in int64)."""
+
+    generation: int
+    request_id: int
+    """Ours, unique over all API workers; a client's request id is only a label and never gets here."""
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    """Output tokens per choice, those in `ChoiceStart.output_ids` included."""
+    choices: list[ChoiceStart]
+    key_id: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    """Smaller is sooner."""
+    arrival: float = 0.0
+    deadline: float | None = None
+
+
+class AbortRequest(msgspec.Struct, tag="abort", array_like=True, frozen=True):
+    """Worker -> engine. Idempotent; an unknown id is no error. `choice` None = all of them."""
+
+    generation: int
+    request_id: int
+    choice: int | None = None
+
+
+ToEngine = AddRequest | AbortRequest
+
+
+class RowOutput(msgspec.Struct, array_like=True):
+    """What one choice got from one step. The last one of a choice has a `finish_reason`."""
+
+    request_id: int
+    choice: int
+    token_ids: list[int] = []
+    """New tokens; the stop token that ended the row is included."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per token, if asked for."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The id of `stop_token_ids` that ended the row."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache; with the first output of a choice."""
+    error: str | None = None
+    """One sentence for the client, with finish_reason "error" or "timeout"."""
+
+
+class StepOutputs(msgspec.Struct, tag="step"):
+    """Engine -> worker: one message per step with everything that step gave this worker's rows."""
+
+    generation: int
+    rows: list[RowOutput]
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the engine knows once the model is loaded; sent to every worker and shown on the start screen."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    device: str
+    layout: Literal["padded", "packed"]
+    layout_reason: str
+    """One sentence: why this layout (what the probe found)."""
+    vocab_size: int
+    """Width of the logits; every token id of a request is checked against it."""
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    text_dir: str
+    """Private folder with tokenizer.json, chat_template.jinja (if any), special_tokens.json, generation_config.json
+    and presets, written by the engine process; API workers load these without torch."""
+
+
+class EngineReady(msgspec.Struct, tag="ready"):
+    """Engine -> worker, once per generation: tokens can come out from now on."""
+
+    generation: int
+    info: ModelInfo
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat"):
+    """Engine -> worker and supervisor, about four times a second, whatever the engine does."""
+
+    generation: int
+    phase: Phase
+    stage: str = ""
+    """Words for people: "reading weights"."""
+    progress: float = 0.0
+    """0 to 1, of the whole start."""
+    steps: int = 0
+    """Finished steps since the start; with work queued and no change for long, the engine hangs."""
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+class LoadFailed(msgspec.Struct, tag="load_failed"):
+    """Engine -> supervisor: the model cannot be served; `message` is one sentence that says what to do."""
+
+    generation: int
+    message: str
+
+
+FromEngine = StepOutputs | EngineReady | Heartbeat | LoadFailed

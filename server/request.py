@@ -1,0 +1,57 @@
+"""The one form in which every protocol's request ends, and what comes back. Knows no protocol and no engine."""
+
+from dataclasses import dataclass, field
+
+from ropeway.kernels.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, frozen=True)
+class GenerationRequest:
+    """One prompt and what to do with it; all values validated. Filled by a protocol, run by `Generator`."""
+
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    """Its `stop_token_ids` hold EOS too, unless the client ignores EOS."""
+    max_tokens: int
+    n: int = 1
+    """Choices; choice i samples with seed + i. Choices are numbered from `first_index`."""
+    first_index: int = 0
+    stop: tuple[str, ...] = ()
+    """Stop strings; the text ends before the first that appears."""
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    key_id: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    """`time.monotonic()` seconds; queue time counts."""
+
+
+@dataclass(slots=True)
+class PositionLogprobs:
+    """Logprobs of one generated token, with the token's own text and bytes, ready for any protocol."""
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: list[tuple[int, str, bytes, float]]
+    """(id, text, bytes, logprob), best first."""
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """What one choice gained since the last delta. The last one of a choice has a `finish_reason`."""
+
+    index: int
+    text: str = ""
+    """Whole characters that no stop string can take back."""
+    token_ids: list[int] = field(default_factory=list)
+    """Tokens counted in usage since the last delta, whether their text is out or still held back."""
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    """One of OpenAI's: stop, length."""
+    stop_reason: int | str | None = None
+    """The stop string or the stop token's id that ended it; None for EOS."""
+    cached_tokens: int = 0
+    """With the first delta of a choice: prompt tokens that the prefix cache held."""
