@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a newcomer needs. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+# PyTorch's CPU index, for machines without a GPU: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install demo serve check format test test-all bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+
+install: $(READY)  ## .venv with everything: .venv/bin/ropeway
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Ropeway needs Python 3.11 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "This Python has no ensurepip; on Debian or Ubuntu install it with: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: install    ## start the server on the embedded model and watch eight requests share one batch
+	$(BIN)/python -m ropeway.server.demo
+
+serve: install   ## serve the embedded model on port 8000 until Ctrl-C
+	$(BIN)/ropeway serve
+
+check: install   ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict -p ropeway
+
+format: install  ## rewrite what `make check` would complain about, where that is safe
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install    ## the tests (under 15 minutes on 2 cores)
+	$(PYTEST)
+
+test-all: test   ## the long ones too
+	$(PYTEST) -m 'slow and not gpu'
+
+bench: install   ## the benchmarks behind the README's figures
+	$(BIN)/python -m bench
+
+clean:           ## remove .venv and caches
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
