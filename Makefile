@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/pytest
 
 .PHONY: help install demo serve check format test test-all bench clean
 

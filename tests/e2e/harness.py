@@ -1,0 +1,97 @@
+"""What end-to-end tests stand on: a real server process, and transformers on the same weights as the reference."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+MODEL_DIR = Path(__file__).resolve().parents[2] / "server" / "demo_model"
+START_LIMIT_S = 120
+
+
+@dataclass(slots=True)
+class RunningServer:
+    """One `ropeway serve` process."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        """The official SDK pointed at this server, without retries."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+
+    def metric(self, name: str) -> float:
+        """Sum of one metric's samples over labels and processes."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def start_server(*flags: str, env: dict[str, str] | None = None) -> RunningServer:
+    """Starts `ropeway serve` on a free port and waits until it is ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "ropeway.server.cli", "serve", "--port", str(port), *flags]
+    process = subprocess.Popen(command, text=True, env=os.environ | (env or {}))
+    server = RunningServer(process, port)
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the server ended with exit code {process.returncode}"
+        try:
+            if httpx.get(f"{server.url}/health/ready").status_code == 200:
+                return server
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    server.stop()
+    raise AssertionError("the server did not become ready")
+
+
+@dataclass(slots=True)
+class Reference:
+    """transformers on the same weights: what the server must say."""
+
+    model: Any
+    tokenizer: Any
+
+    def text(self, prompt: str, max_new_tokens: int) -> str:
+        """Greedy continuation of one prompt alone, special tokens left out."""
+        return self.continuations([prompt], max_new_tokens)[0]
+
+    def continuations(self, prompts: list[str], max_new_tokens: int, padding_side: str = "left") -> list[str]:
+        """Greedy continuations of prompts in one padded batch."""
+        self.tokenizer.padding_side = padding_side
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        width = inputs["input_ids"].shape[1]
+        return list(self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
+
+    def chat(self, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+        """Greedy answer to a conversation."""
+        inputs = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return str(self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
