@@ -65,7 +65,7 @@ def test_supervisor_killed_takes_its_children_along(fresh: RunningServer) -> Non
     children = psutil.Process(fresh.process.pid).children(recursive=True)
     assert len(children) >= 2
     fresh.process.kill()
-    gone, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
 
 
