@@ -51,3 +51,7 @@ _TYPES = {
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
     """The 400 for a request that can never succeed."""
     return ApiError(400, message, code=code, param=param)
+
+
+class UsageError(Exception):
+    """The command line, the environment, a file or a model is wrong: one sentence for stderr, exit code 2."""
