@@ -1,0 +1,135 @@
+"""Row: one choice of a request on its way through the batch. Knows its tokens, its blocks and how far it has come.
+
+Plain data. Three facts are stored, the rest is derived:
+
+    tokens     ids that are known: the prompt, then every output token that was read
+    in_flight  sampled tokens that are launched but not read
+    computed   how many tokens are in the KV cache; advanced when a step is launched
+
+    0 ............ computed ............ len(tokens) .. num_tokens
+      in the cache          still to compute        unread (a placeholder)
+
+Knows nothing about budgets, queues or memory: `Scheduler` decides, `BlockPool` counts.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.scheduler.messages import AddRequest, FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One choice of a request. The first block of fields is filled by `rows_of`, the second by the scheduler."""
+
+    request_id: int
+    choice: int
+    owner: int
+    """The API worker that gets the output."""
+    prompt_ids: list[int]
+    """Shared by all choices of the request, never changed."""
+    sampling: SamplingParams
+    """With the seed of this choice."""
+    stop_ids: frozenset[int]
+    max_length: int
+    """Most tokens the row may have: prompt + max_tokens, cut at the model's context."""
+    tokens: list[int]
+    num_resumed: int
+    """Output tokens that the client had before the row was added (an engine crash lies between)."""
+    priority: int = 0
+    arrival: float = 0.0
+    deadline: float | None = None
+    key_id: str = ""
+    cache_salt: str = ""
+    max_in_flight: int = 1
+    """Unread tokens with which the row may be planned; 0 when the host must see each token first."""
+
+    computed: int = 0
+    in_flight: int = 0
+    """0 or 1 whenever a plan is made."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Digests of the first full blocks of `tokens`; they outlive a preemption."""
+    num_published: int = 0
+    """Blocks of the table that were offered to the prefix index."""
+    state_slot: int = -1
+    """Place in the persistent sampling state; -1 while the row waits."""
+    place: int = -1
+    """Place in the last step that held the row: where its unread token is found."""
+    cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache when the row was first admitted."""
+    finished: bool = False
+    """Nothing more is counted or sent, whatever is still in flight."""
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens read so far."""
+        return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens and the unread one."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to compute before the next one is sampled: 1 for a row that decodes."""
+        return len(self.tokens) + self.in_flight - self.computed
+
+    @property
+    def running(self) -> bool:
+        """Whether the row holds a place in the batch."""
+        return self.state_slot >= 0
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether the cache has what another choice needs to start at the last prompt token."""
+        return self.computed >= self.num_prompt - 1
+
+    @property
+    def age(self) -> tuple[float, int, int]:
+        """Smaller = arrived earlier. No two rows are equal."""
+        return self.arrival, self.request_id, self.choice
+
+    @property
+    def rank(self) -> tuple[int, float, int, int]:
+        """Smaller = served first: priority, then arrival."""
+        return self.priority, self.arrival, self.request_id, self.choice
+
+    def finish_reason(self) -> FinishReason | None:
+        """Whether the last known token ended the row. `min_tokens` come before any stop token."""
+        if self.num_output > self.sampling.min_tokens and self.tokens[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_length else None
+
+
+def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
+    """The choices of a request. Choice i samples with seed + i, wrapping in int64."""
+    stop_ids = frozenset(request.sampling.stop_token_ids)
+    return [
+        Row(
+            request_id=request.request_id,
+            choice=choice.index,
+            owner=owner,
+            prompt_ids=request.prompt_ids,
+            sampling=replace(request.sampling, seed=_wrap_int64(request.sampling.seed + choice.index)),
+            stop_ids=stop_ids,
+            max_length=min(len(request.prompt_ids) + request.max_tokens, max_model_len),
+            tokens=request.prompt_ids + choice.output_ids,
+            num_resumed=len(choice.output_ids),
+            priority=request.priority,
+            arrival=request.arrival,
+            deadline=request.deadline,
+            key_id=request.key_id,
+            cache_salt=request.cache_salt,
+        )
+        for choice in request.choices
+    ]
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
