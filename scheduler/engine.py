@@ -1,0 +1,100 @@
+"""Engine: the loop that never stops. Plan a step, launch it, read one, tell its rows.
+
+With lag 0 the step just launched is read at once. With lag 1 the step before is read while the new one computes, so the
+host's work hides behind the device's. Nothing else in this file, or above it, depends on the lag.
+
+Knows no tensors (the runner does), no processes and no sockets. One thread calls everything.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal, Protocol
+
+from ropeway.kernels.step import StepInput, StepOutput
+from ropeway.scheduler.messages import AbortRequest, AddRequest, RowOutput
+from ropeway.scheduler.scheduler import RequestTooLong, Scheduler, StepPlan
+
+
+class Flight(Protocol):
+    """A launched step."""
+
+    def read(self) -> StepOutput:
+        """Waits until the step is computed. Called once, in launch order."""
+        ...
+
+
+class Runner(Protocol):
+    """What computes steps: `kernels.runner.ModelRunner`, or a fake."""
+
+    def launch(self, step: StepInput) -> Flight:
+        """Starts a step after all those launched before it. Takes what it needs from `step` before it returns."""
+        ...
+
+
+@dataclass(slots=True)
+class StepStats:
+    """Counts over all finished steps, for metrics. What the scheduler counts is in `Scheduler.stats`."""
+
+    steps: int = 0
+    real_slots: int = 0
+    """Tokens that were computed because a row wanted them."""
+    computed_slots: int = 0
+    """Token places that were computed, pads included: padding ratio = 1 - real / computed."""
+    last_step_seconds: float = 0.0
+    """Wall time of the last `step` call that read a step."""
+
+
+class Engine:
+    """One scheduler, one runner, and the steps between them that are launched but not read."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, lag: Literal[0, 1]) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.lag = lag
+        self.stats = StepStats()
+        self._unread: deque[tuple[StepPlan, Flight]] = deque()
+
+    def add(self, owner: int, request: AddRequest) -> None:
+        """Queues a request of API worker `owner`. One that could never be finished is answered by the next step."""
+        try:
+            self.scheduler.add(owner, request)
+        except RequestTooLong as error:
+            self.scheduler.refuse(owner, request, str(error))
+
+    def abort(self, owner: int, request: AbortRequest) -> None:
+        """Drops a request or one of its choices; nothing is sent for it any more."""
+        self.scheduler.abort(owner, request.request_id, request.choice)
+
+    def abort_owner(self, owner: int) -> None:
+        """Drops everything that a worker, now dead, had asked for."""
+        self.scheduler.abort_owner(owner)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything. If not, nothing happens until the next `add`."""
+        return bool(self._unread or self.scheduler.num_unfinished or self.scheduler.has_outputs)
+
+    def step(self, now: float) -> dict[int, list[RowOutput]]:
+        """Launches the next step, reads one, and returns what its rows got: owner -> outputs.
+
+        Args:
+            now: `time.monotonic()`, for deadlines.
+        """
+        begin = perf_counter()
+        plan = self.scheduler.plan(now)
+        if plan is not None:
+            self._unread.append((plan, self.runner.launch(plan.step)))
+        # With nothing new to hide behind, what is unread is read.
+        while len(self._unread) > (self.lag if plan is not None else 0):
+            self._read(begin)
+        return self.scheduler.take_outputs()
+
+    def _read(self, begin: float) -> None:
+        plan, flight = self._unread.popleft()
+        output = flight.read()
+        self.scheduler.update(plan, output)
+        self.stats.steps += 1
+        self.stats.real_slots += sum(len(row.token_ids) for row in plan.step.rows)
+        self.stats.computed_slots += output.computed_slots
+        self.stats.last_step_seconds = perf_counter() - begin

@@ -1,0 +1,395 @@
+"""Scheduler: which tokens of which rows the next step computes, and what a finished step means for its rows.
+
+One rule: a row has `num_tokens` and `computed`, and every step lets the second catch up with the first. There is no
+prefill phase and no decode phase. Three budgets bound a step: rows, tokens and KV blocks.
+
+A row's way:    add -> waiting -> running -> finished
+                          ^----------'  preempted: its blocks are given back, its tokens will be computed again
+
+`plan` may run before the last step's tokens are read (the lag): an unread token is a placeholder, a row that may end
+with it is not planned, and a row that could be preempted with it is preempted one step later. Device work happens in
+launch order, so blocks and state slots are given back at once.
+
+Pure Python. Knows no tensors, no sockets and no clock: the caller passes the time.
+"""
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
+from ropeway.scheduler.blocks import BlockPool
+from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
+from ropeway.scheduler.plan import Draft, StepPlan
+from ropeway.scheduler.row import Row, rows_of
+from ropeway.scheduler.waiting import Waiting
+
+Reason = Literal[
+    "token budget",  # the step has as many tokens as it may
+    "row budget",  # the batch has as many rows as it may
+    "no free blocks",  # what is there belongs to rows that come first
+    "leader prefilling",  # another choice is computing the prompt that this one will share
+    "token unread",  # the unread token may end the row, or the host must see it first
+    "preempted",  # the row gave its blocks to one that comes first
+]
+"""Why a row was not in a step, or is in the batch no more."""
+
+
+class RequestTooLong(ValueError):
+    """The request could never be finished, not even alone; the message is one sentence for the client."""
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """The budgets of a step and the longest row."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    prefix_cache_scope: Literal["key", "server"] = "key"
+    """Who shares cached prefixes: the requests of one key, or all."""
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the start, in tokens where no other unit is named."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    """Of admitted requests, computed or found in the cache; shared by all choices of a request."""
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    """Tokens looked up in the prefix cache at admission."""
+    prefix_hits: int = 0
+    reasons: Counter[Reason] = field(default_factory=Counter)
+    """How often a row was not in a step that it might have been in."""
+
+
+class _HeadStart(NamedTuple):
+    """What a row that joins need not compute: tokens [0, start) are in `blocks`, the last ones in `copy_from`."""
+
+    blocks: list[int]
+    start: int
+    leader: Row | None = None
+    """Whose blocks they are, if another choice shares them."""
+    copy_from: int | None = None
+    """The leader's block in which `start` lies, unless a block begins there."""
+
+
+class Scheduler:
+    """The waiting and the running rows, and the blocks between them."""
+
+    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.waiting = Waiting()
+        self.running: list[Row] = []
+        """In the order of `Row.rank`."""
+        self.stats = SchedulerStats()
+        self._choices: dict[tuple[int, int], list[Row]] = {}
+        """(owner, request id) -> the choices that are not finished."""
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._next_deadline = float("inf")
+        """No unfinished row has an earlier one."""
+        self._outputs: dict[int, list[RowOutput]] = {}
+
+    # ---- requests come and go ----
+
+    def add(self, owner: int, request: AddRequest) -> None:
+        """Queues the choices of a request. Raises RequestTooLong if they could never be finished."""
+        rows = rows_of(request, owner, self.limits.max_model_len)
+        self._check_length(rows[0])
+        assert (owner, request.request_id) not in self._choices, "request ids are unique"
+        self._choices[owner, request.request_id] = rows
+        if request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, request.deadline)
+        for row in rows.copy():
+            self.waiting.add(row)
+            if reason := row.finish_reason():  # it had just ended when the engine before this one crashed
+                self._finish(row, reason)
+
+    def refuse(self, owner: int, request: AddRequest, error: str) -> None:
+        """Answers every choice of a request that was not added. `error` is one sentence for the client."""
+        self._outputs.setdefault(owner, []).extend(
+            RowOutput(request.request_id, choice.index, finish_reason="error", error=error)
+            for choice in request.choices
+        )
+
+    def _check_length(self, row: Row) -> None:
+        if row.num_prompt >= self.limits.max_model_len:
+            raise RequestTooLong(
+                f"The prompt has {row.num_prompt} tokens, but the context ends at {self.limits.max_model_len}."
+            )
+        needed = self.pool.blocks_for(row.max_length - 1)  # the last token is never computed
+        if needed > self.pool.num_usable:
+            raise RequestTooLong(
+                f"The prompt of {row.num_prompt} tokens and max_tokens need {needed} KV cache blocks "
+                f"of {self.pool.block_size} tokens, but there are only {self.pool.num_usable}; ask for fewer tokens."
+            )
+
+    def abort(self, owner: int, request_id: int, choice: int | None = None) -> None:
+        """Drops a choice, or all of them, without a word: in no plan from now on. Unknown ids are no error."""
+        for row in self._choices.get((owner, request_id), []).copy():
+            if choice is None or row.choice == choice:
+                self._leave(row)
+
+    def abort_owner(self, owner: int) -> None:
+        """Drops whatever a dead worker had asked for."""
+        for key in [key for key in self._choices if key[0] == owner]:
+            self.abort(*key)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rows that wait or run."""
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def has_outputs(self) -> bool:
+        return bool(self._outputs)
+
+    def take_outputs(self) -> dict[int, list[RowOutput]]:
+        """Owner -> what its rows got since the last call."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+    # ---- the next step ----
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None if no row can go on before something is read. The caller launches it at once."""
+        self._drop_expired(now)
+        draft = Draft(self.limits.max_num_batched_tokens)
+        decoding = [row for row in self.running if row.num_pending == 1]
+        chunks = [row for row in self.running if row.num_pending > 1]
+        for row in decoding + chunks:
+            self._carry_on(row, draft)
+        if not draft.short_of_blocks:
+            self._admit_waiting(draft)
+        return draft.launch() if draft.spans else None
+
+    def _carry_on(self, row: Row, draft: Draft) -> None:
+        """Lets a running row compute what it lacks, as far as the budgets go."""
+        if row in draft.victims:
+            return
+        if row.in_flight > row.max_in_flight or row.num_tokens >= row.max_length:
+            self.stats.reasons["token unread"] += 1
+            return
+        if not draft.tokens_left:
+            self.stats.reasons["token budget"] += 1
+            return
+        span = range(row.computed, row.computed + min(row.num_pending, draft.tokens_left))
+        if self._make_room(row, span.stop, draft):
+            draft.take(row, span)
+
+    def _make_room(self, row: Row, num_tokens: int, draft: Draft) -> bool:
+        """Extends the row's table over `num_tokens`, at the cost of rows that come after it; False if it must wait."""
+        missing = self.pool.blocks_for(num_tokens) - len(row.block_table)
+        while missing > self.pool.num_available:
+            draft.short_of_blocks = True
+            victim = self._victim(row, draft)
+            if victim is not None:
+                draft.drop(victim)
+            if victim is None or victim.in_flight:  # its token is read first; it has no further one in flight then
+                self.stats.reasons["no free blocks"] += 1
+                return False
+            self._preempt(victim)
+        if missing > 0:
+            row.block_table += self.pool.allocate(missing)
+        return True
+
+    def _victim(self, row: Row, draft: Draft) -> Row | None:
+        """The last running row in rank, if `row` comes before it. The oldest row comes before all: it always ends."""
+        oldest = draft.oldest = draft.oldest or min(self.running, key=lambda other: other.age)
+        last = next((other for other in reversed(self.running) if other is not oldest), None)
+        return last if last is not None and (row is oldest or row.rank < last.rank) else None
+
+    def _preempt(self, row: Row) -> None:
+        """Back to the queue with all known tokens. Its indexed blocks can be found until their memory is wanted."""
+        self._release(row)
+        row.computed = 0
+        self.waiting.add(row)
+        self.stats.preemptions += 1
+        self.stats.reasons["preempted"] += 1
+
+    def _admit_waiting(self, draft: Draft) -> None:
+        """Admits rows in order until one finds no room. Only choices that wait for their leader are passed over."""
+        admitted = []
+        for row in self.waiting:
+            reason = self._admit(row, draft)
+            if reason is None:
+                admitted.append(row)
+                continue
+            self.stats.reasons[reason] += 1
+            if reason != "leader prefilling":
+                break
+        for row in admitted:
+            self.waiting.remove(row)
+
+    def _admit(self, row: Row, draft: Draft) -> Reason | None:
+        """Takes a waiting row into the step, or says why not."""
+        if not self._free_slots:
+            return "row budget"
+        if not draft.tokens_left:
+            return "token budget"
+        leader = self._leader(row)
+        if leader is not None and not leader.holds_prompt:
+            return "leader prefilling"
+        head = self._head_start(row, leader)
+        # All its known tokens must find room, and every running row its next block: or it would soon be preempted.
+        needed = self.pool.blocks_for(row.num_tokens) - len(head.blocks) + len(self.running)
+        if needed > self.pool.num_available - self.pool.num_unowned(head.blocks):
+            return "no free blocks"
+        self._join(row, head, draft)
+        return None
+
+    def _leader(self, row: Row) -> Row | None:
+        """The running choice of the same request that has, or will first have, the prompt in the cache.
+
+        `computed` advances at launch only, so a choice that joins in this very step has nothing to copy from yet.
+        """
+        choices = self._choices[row.owner, row.request_id]
+        return max((other for other in choices if other.running), key=lambda other: other.computed, default=None)
+
+    def _head_start(self, row: Row, leader: Row | None) -> _HeadStart:
+        """The longest of what the prefix cache holds and what the leader can share.
+
+        The last token is always computed, into a block of the row's own. A fork computes its last prompt token again,
+        so that it samples its first token from its own logits with its own seed:
+
+            leader   | full | full | full | pa......  |      num_prompt - 1 = 3 blocks + 2 tokens
+            fork     | same | same | same | copy, then its own tokens
+        """
+        size = self.pool.block_size
+        self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
+        cached = self.pool.find(row.block_hashes[: (row.num_tokens - 1) // size])
+        if leader is None or len(cached) * size >= row.num_prompt:
+            return _HeadStart(cached, len(cached) * size)
+        full, partial = divmod(row.num_prompt - 1, size)
+        copy_from = leader.block_table[full] if partial else None
+        return _HeadStart(leader.block_table[:full], row.num_prompt - 1, leader, copy_from)
+
+    def _labels(self, row: Row) -> tuple[str, str]:
+        """What two rows must agree on before they may share a cached prefix."""
+        return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
+
+    def _join(self, row: Row, head: _HeadStart, draft: Draft) -> None:
+        span = range(head.start, min(row.num_tokens, head.start + draft.tokens_left))
+        self.pool.share(head.blocks)
+        own = self.pool.allocate(self.pool.blocks_for(span.stop) - len(head.blocks))
+        if head.copy_from is not None:
+            draft.copies.append((head.copy_from, own[0]))
+        row.block_table = head.blocks + own
+        row.state_slot = self._free_slots.pop()
+        insort(self.running, row, key=lambda other: other.rank)
+        draft.joins.append(RowState(row.state_slot, row.sampling, row.prompt_ids, row.tokens[row.num_prompt :]))
+        draft.take(row, span)
+        self._count_admission(row, head)
+
+    def _count_admission(self, row: Row, head: _HeadStart) -> None:
+        if head.leader is None and self.pool.caching:
+            self.stats.prefix_queries += row.num_tokens
+            self.stats.prefix_hits += head.start
+        if row.cached_tokens is not None:  # it was preempted
+            return
+        if head.leader is not None:
+            row.cached_tokens = head.leader.cached_tokens
+        else:
+            row.cached_tokens = min(head.start, row.num_prompt)
+            self.stats.prompt_tokens += row.num_prompt
+
+    # ---- a step was read ----
+
+    def update(self, plan: StepPlan, output: StepOutput) -> None:
+        """Hands the sampled tokens of a step to its rows. What came too late for a finished row counts for nothing."""
+        for place, (row, part) in enumerate(zip(plan.rows, plan.step.rows, strict=True)):
+            if row.finished or not part.sample:
+                continue
+            row.in_flight -= 1
+            if not output.finite[place]:
+                self._finish(row, "error", error="The model's logits for this request were not finite numbers.")
+                continue
+            self._publish(row)
+            row.tokens.append(output.token_ids[place])
+            self._emit(row, output.logprobs.get(place))
+
+    def _publish(self, row: Row) -> None:
+        """Makes the full blocks findable that the step just read has completed: they hold `tokens`, and are sound."""
+        full = len(row.tokens) // self.pool.block_size
+        if full == row.num_published or not self.pool.caching:
+            return
+        self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
+        new = slice(row.num_published, full)
+        self.pool.publish(row.block_table[new], row.block_hashes[new])
+        row.num_published = full
+
+    def _emit(self, row: Row, logprobs: TokenLogprobs | None) -> None:
+        """Sends the newest token, and says whether it was the last."""
+        self.stats.generation_tokens += 1
+        reason = row.finish_reason()
+        self._send(
+            row,
+            RowOutput(
+                row.request_id,
+                row.choice,
+                row.tokens[-1:],
+                None if logprobs is None else [logprobs],
+                reason,
+                row.tokens[-1] if reason == "stop" else None,
+                row.cached_tokens if row.num_output == row.num_resumed + 1 else None,
+            ),
+        )
+        if reason:
+            self._leave(row)
+
+    def _finish(self, row: Row, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a row without a further token."""
+        self._send(row, RowOutput(row.request_id, row.choice, finish_reason=reason, error=error))
+        self._leave(row)
+
+    def _send(self, row: Row, output: RowOutput) -> None:
+        self._outputs.setdefault(row.owner, []).append(output)
+
+    def _leave(self, row: Row) -> None:
+        """Takes a row out for good, wherever it is."""
+        row.finished = True
+        if row.running:
+            self._release(row)
+        else:
+            self.waiting.remove(row)
+        choices = self._choices[row.owner, row.request_id]
+        choices.remove(row)
+        if not choices:
+            del self._choices[row.owner, row.request_id]
+
+    def _release(self, row: Row) -> None:
+        """Gives back what a running row holds. Steps launched from now on may use it."""
+        self.running.remove(row)
+        self.pool.release(row.block_table)
+        row.block_table = []
+        row.num_published = 0
+        self._free_slots.append(row.state_slot)
+        row.state_slot = -1
+
+    def _drop_expired(self, now: float) -> None:
+        """Ends the rows whose deadline has passed, queued ones too."""
+        if now < self._next_deadline:
+            return
+        self._next_deadline = float("inf")
+        for row in [*self.waiting, *self.running]:
+            if row.deadline is None:
+                continue
+            if row.deadline <= now:
+                self._finish(row, "timeout", error=f"The request's deadline passed after {row.num_output} tokens.")
+            else:
+                self._next_deadline = min(self._next_deadline, row.deadline)
+
+    def check_integrity(self) -> None:
+        """Asserts that no block, state slot or row is lost or held twice. Costs time in proportion to all blocks."""
+        self.pool.check_integrity(row.block_table for row in self.running)
+        slots = [row.state_slot for row in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "state slots do not add up"
+        rows = [*self.waiting, *self.running]
+        assert {id(row) for row in rows} == {id(row) for choices in self._choices.values() for row in choices}
+        assert self.running == sorted(self.running, key=lambda row: row.rank), "running rows are out of order"
+        assert all(row.running and not row.finished for row in self.running)
+        assert not any(row.running or row.finished or row.block_table or row.computed for row in self.waiting)
