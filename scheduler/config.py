@@ -34,3 +34,8 @@ class EngineConfig:
     seed: int = 0
     threads: int | None = None
     """Intra-op threads on the CPU; None = torch's default."""
+    served_model_name: str | None = None
+    """Label `model_name` of the metrics; None = `model`."""
+    step_timeout: float | None = None
+    """Seconds without a finished step, work queued, after which the engine is ended and restarted; None = 60 on a GPU,
+    600 on a CPU, where one full step of a large model takes minutes."""

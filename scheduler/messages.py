@@ -1,7 +1,11 @@
-"""What crosses the process boundary between API workers and the engine: msgspec structs, encoded as msgpack.
+"""What crosses the process boundaries: msgspec structs, encoded as msgpack.
 
-Every message carries the engine's generation (1 for the first engine process, +1 per restart); a receiver drops
-messages of another generation. Times are `time.monotonic()` seconds, which all processes of one machine share.
+Two planes. Requests and tokens go over ZeroMQ between each API worker and the engine (`ToEngine`, `FromEngine`). Life
+and death go over one pipe per child to and from the supervisor (`EngineControl`, `WorkerControl`, `EngineReport`).
+
+Engine messages carry the engine's generation (1 for the first engine process, +1 per restart); a receiver drops
+messages of another generation. A worker is known by a number that no later worker gets again. Times are
+`time.monotonic()` seconds, which all processes of one machine share.
 """
 
 from typing import Literal
@@ -100,17 +104,26 @@ class ModelInfo(msgspec.Struct, frozen=True):
     text_dir: str
     """Private folder with tokenizer.json, chat_template.jinja (if any), special_tokens.json, generation_config.json
     and presets, written by the engine process; API workers load these without torch."""
+    step_timeout: float
+    """Seconds without a finished step, work queued, after which the engine counts as hung."""
 
 
 class EngineReady(msgspec.Struct, tag="ready"):
-    """Engine -> worker, once per generation: tokens can come out from now on."""
+    """Engine -> worker and supervisor, once per generation (a new worker gets its own): tokens can come out."""
 
     generation: int
     info: ModelInfo
 
 
+FromEngine = StepOutputs | EngineReady
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat"):
-    """Engine -> worker and supervisor, about four times a second, whatever the engine does."""
+    """Engine -> supervisor -> every worker, about four times a second.
+
+    While loading and compiling a thread sends it; while stepping only the loop itself does, so that a step that
+    never ends is noticed.
+    """
 
     generation: int
     phase: Phase
@@ -132,4 +145,51 @@ class LoadFailed(msgspec.Struct, tag="load_failed"):
     message: str
 
 
-FromEngine = StepOutputs | EngineReady | Heartbeat | LoadFailed
+class WorkerStuck(msgspec.Struct, tag="worker_stuck"):
+    """Engine -> supervisor: the worker's queue is full; its rows are aborted, it must be ended."""
+
+    generation: int
+    worker: int
+
+
+EngineReport = Heartbeat | EngineReady | LoadFailed | WorkerStuck
+
+
+class WorkerStarted(msgspec.Struct, tag="worker_started"):
+    """Supervisor -> engine: open a pair of sockets for it."""
+
+    worker: int
+
+
+class WorkerGone(msgspec.Struct, tag="worker_gone"):
+    """Supervisor -> engine: abort its rows, close its sockets."""
+
+    worker: int
+
+
+class Stop(msgspec.Struct, tag="stop"):
+    """Supervisor -> engine: every worker has ended; exit."""
+
+
+EngineControl = WorkerStarted | WorkerGone | Stop
+
+
+class EngineStarting(msgspec.Struct, tag="engine_starting"):
+    """Supervisor -> worker, sent the moment an engine is (re)started: any earlier generation is dead."""
+
+    generation: int
+
+
+class EngineLost(msgspec.Struct, tag="engine_lost"):
+    """Supervisor -> worker: the engine is dead and will not come back; `Drain` follows."""
+
+    message: str
+
+
+class Drain(msgspec.Struct, tag="drain"):
+    """Supervisor -> worker: take nothing new, finish or end every stream by `deadline`, then exit with code 0."""
+
+    deadline: float
+
+
+WorkerControl = EngineStarting | Heartbeat | EngineLost | Drain

@@ -1,0 +1,142 @@
+"""Prometheus metrics of the engine and of the supervisor, in multiprocess mode.
+
+Import only where `PROMETHEUS_MULTIPROC_DIR` is set: prometheus_client reads it once, when imported. Recorded once per
+step, never per token. Gauges are `mostrecent`: the last process to write one wins, so the supervisor sets a dead
+engine's gauges to 0. Knows no engine: `StepStats` is filled by the engine loop.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import mark_process_dead
+
+StepKind = Literal["decode", "prefill", "mixed"]
+
+# vLLM's buckets, so that boards made for it fit. Source: its documentation of metrics.
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+_GAUGES = {
+    "num_requests_running": "Choices in the running batch.",
+    "num_requests_waiting": "Choices in the waiting queue.",
+    "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
+    "padding_ratio": "Share of the last step's computed token places that held no real token.",
+    "batch_occupancy": "Rows of the last step / max_num_seqs.",
+}
+_COUNTERS = {
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "num_preemptions": "Rows that gave their blocks back to be computed again.",
+    "prompt_tokens": "Prompt tokens of admitted requests.",
+    "generation_tokens": "Tokens generated.",
+}
+
+
+@dataclass(slots=True, frozen=True)
+class StepStats:
+    """One step, and the engine after it. The last five count since the engine's start."""
+
+    seconds: float
+    """From the launch to the end of the step's reading."""
+    kind: StepKind
+    tokens: int
+    """Real tokens computed."""
+    padding_ratio: float
+    batch_occupancy: float
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage_perc: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+
+
+class EngineGauges:
+    """The engine's gauges for one model, all 0 at first."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
+        self._gauges = {}
+        for name, text in _GAUGES.items():
+            gauge = Gauge(f"ropeway_{name}", text, ["model_name"], registry=registry, multiprocess_mode="mostrecent")
+            self._gauges[name] = gauge.labels(model_name)
+        self.clear()
+
+    def set(self, stats: StepStats) -> None:
+        """What the last step left."""
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(stats, name))
+
+    def clear(self) -> None:
+        """Nothing runs."""
+        for gauge in self._gauges.values():
+            gauge.set(0)
+
+
+class EngineMetrics:
+    """What the engine process records."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self._gauges = EngineGauges(model_name, registry)
+        self._counters = {
+            name: Counter(f"ropeway_{name}", text, ["model_name"], registry=registry).labels(model_name)
+            for name, text in _COUNTERS.items()
+        }
+        self._seen = dict.fromkeys(_COUNTERS, 0)
+        self._tokens = Histogram(
+            "ropeway_iteration_tokens_total",
+            "Real tokens per step.",
+            ["model_name"],
+            registry=registry,
+            buckets=ITERATION_TOKENS,
+        ).labels(model_name)
+        seconds = Histogram(
+            "ropeway_step_duration_seconds",
+            "Time of a step, by what it computed.",
+            ["model_name", "kind"],
+            registry=registry,
+            buckets=STEP_SECONDS,
+        )
+        self._seconds = {kind: seconds.labels(model_name, kind) for kind in ("decode", "prefill", "mixed")}
+
+    def record(self, stats: StepStats) -> None:
+        """Once per step."""
+        self._gauges.set(stats)
+        for name, counter in self._counters.items():
+            total: int = getattr(stats, name)
+            if total != self._seen[name]:
+                counter.inc(total - self._seen[name])
+                self._seen[name] = total
+        self._tokens.observe(stats.tokens)
+        self._seconds[stats.kind].observe(stats.seconds)
+
+    def idle(self) -> None:
+        """The last row has left: the gauges of the last step are no longer true."""
+        self._gauges.clear()
+
+
+class SupervisorMetrics:
+    """What the supervisor records about its children."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self._gauges = EngineGauges(model_name, registry)
+        self._restarts = Counter(
+            "ropeway_engine_restarts", "Engine processes started after the first.", ["model_name"], registry=registry
+        ).labels(model_name)
+
+    def engine_died(self, pid: int) -> None:
+        """Its gauges go to 0; what it counted stays."""
+        self._gauges.clear()
+        mark_process_dead(pid)
+
+    def engine_restarted(self) -> None:
+        """One more engine process."""
+        self._restarts.inc()
+
+    def worker_died(self, pid: int) -> None:
+        """Its live gauges go; what it counted stays."""
+        mark_process_dead(pid)
