@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 
 from ropeway.kernels.step import StepInput, StepOutput
 from ropeway.scheduler.messages import AbortRequest, AddRequest, RowOutput
-from ropeway.scheduler.scheduler import RequestTooLong, Scheduler, StepPlan
+from ropeway.scheduler.plan import StepPlan
+from ropeway.scheduler.scheduler import RequestTooLong, Scheduler
 
 
 class Flight(Protocol):
@@ -43,6 +44,10 @@ class StepStats:
     """Token places that were computed, pads included: padding ratio = 1 - real / computed."""
     last_step_seconds: float = 0.0
     """Wall time of the last `step` call that read a step."""
+    last_rows: int = 0
+    """Rows of the last step."""
+    last_decode_rows: int = 0
+    """Those of them that computed a single token on top of a cache."""
 
 
 class Engine:
@@ -98,3 +103,5 @@ class Engine:
         self.stats.real_slots += sum(len(row.token_ids) for row in plan.step.rows)
         self.stats.computed_slots += output.computed_slots
         self.stats.last_step_seconds = perf_counter() - begin
+        self.stats.last_rows = len(plan.rows)
+        self.stats.last_decode_rows = sum(row.start > 0 and len(row.token_ids) == 1 for row in plan.step.rows)
