@@ -1,0 +1,40 @@
+# Two targets: cpu (small models, tests) and cuda.
+#   docker build --target cpu -t ropeway:cpu .
+#   docker build --target cuda -t ropeway:cuda --build-arg TORCH_INDEX= .
+#   docker run --read-only --tmpfs /tmp --cap-drop ALL -p 8000:8000 -e ROPEWAY_API_KEY=... ropeway:cpu
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+# Where pip finds torch: PyTorch's CPU index by default; empty = the usual index, whose Linux build brings CUDA along.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/ropeway
+WORKDIR /src
+COPY constraints.txt ./
+RUN /opt/ropeway/bin/pip install -c constraints.txt torch ${TORCH_INDEX:+--index-url ${TORCH_INDEX}}
+COPY pyproject.toml README.md LICENSE ./
+COPY src ./src
+COPY kernels ./kernels
+COPY scheduler ./scheduler
+COPY server ./server
+RUN /opt/ropeway/bin/pip install -c constraints.txt . && /opt/ropeway/bin/python -m compileall -q /opt/ropeway/lib
+
+FROM ${BASE} AS cpu
+COPY --from=build /opt/ropeway /opt/ropeway
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp ropeway
+USER 10001
+# Caches that libraries write must lie on the one writable mount.
+ENV PATH=/opt/ropeway/bin:$PATH HOME=/tmp HF_HOME=/tmp/huggingface PYTHONUNBUFFERED=1 ROPEWAY_HOST=0.0.0.0
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=15s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/live', timeout=2)"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["ropeway"]
+CMD ["serve"]
+
+FROM cpu AS cuda
+USER root
+# Triton compiles its driver stub when it first runs.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+ENV TRITON_CACHE_DIR=/tmp/triton
+USER 10001
