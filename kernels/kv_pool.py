@@ -1,0 +1,60 @@
+"""The shared KV cache: per layer one K and one V pool of equal blocks. Knows slots, not rows or requests.
+
+A slot is one token's place: slot = block * block_size + offset. Block 0 is reserved: padding rows write to it, nobody
+owns it and attention never reads it for a real row.
+"""
+
+import torch
+
+
+class KVPool:
+    """Pools `[num_blocks, block_size, kv_heads, head_dim]`, made when a layer first writes.
+
+    A layer's sizes come from its first real K and V: head dims may differ between layers, and between K and V (MLA).
+
+    Args:
+        num_blocks: blocks per layer, the reserved block 0 included.
+        block_size: tokens per block.
+        fill: what unwritten slots hold; NaN shows a read of one.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, fill: float = 0.0) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._fill = fill
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers that have written."""
+        return frozenset(self._layers)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers written so far, K and V."""
+        return sum(pool[0].nbytes for pair in self._layers.values() for pool in pair)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V pool of a layer that has written."""
+        return self._layers[layer]
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store new tokens: slots [N] int64, k [N,kv_heads,D], v [N,kv_heads,Dv]."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._new(k), self._new(v))
+        for pool, new in zip(self._layers[layer], (k, v), strict=True):
+            pool.flatten(0, 1).index_copy_(0, slots, new)
+
+    def copy_blocks(self, pairs: torch.Tensor) -> None:
+        """Copy whole blocks in every layer: pairs [C,2] (source, destination), read before any is written."""
+        if pairs.shape[0] == 0:
+            return
+        source, destination = pairs.long().unbind(1)
+        for pair in self._layers.values():
+            for pool in pair:
+                pool.index_copy_(0, destination, pool.index_select(0, source))
+
+    def _new(self, new: torch.Tensor) -> torch.Tensor:
+        shape = (self.num_blocks, self.block_size, *new.shape[1:])
+        # zeros, not full: untouched pages of a large pool then cost no memory on the CPU
+        return new.new_zeros(shape) if self._fill == 0 else new.new_full(shape, self._fill)
