@@ -11,11 +11,12 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
-from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.responses import Response
 
+from ropeway.scheduler.process_metrics import ProcessMetrics
 from ropeway.server.admission import RejectReason, Ticket
 from ropeway.server.request import ChoiceDelta
 
@@ -26,12 +27,13 @@ Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejecte
 
 # vLLM's buckets, so that boards made for it fit. Source: its documentation of metrics.
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
-TTFT_S += (2560,)
 ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 N = (1, 2, 5, 10, 20)
+WATCH_S = 0.5
+MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
@@ -162,3 +164,28 @@ class RequestRecord:
         if self.key_id:
             metrics.key_tokens.labels(metrics.model_name, self.key_id, "prompt").inc(self.prompt_tokens)
             metrics.key_tokens.labels(metrics.model_name, self.key_id, "generation").inc(self.output_tokens)
+
+
+async def watch_loop(metrics: RequestMetrics, process: ProcessMetrics) -> None:
+    """Measures for ever how late the event loop wakes up, and refreshes this process's figures."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + WATCH_S
+        await asyncio.sleep(WATCH_S)
+        metrics.loop_lag.observe(max(loop.time() - due, 0.0))
+        process.update()
+
+
+def create_router(services: "Services") -> APIRouter:
+    """GET /metrics, all processes merged. A worker's thread does it: it reads a file per process and metric kind."""
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        registry = services.metrics.registry
+        if MULTIPROCESS_DIR in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router

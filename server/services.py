@@ -1,20 +1,19 @@
 """What the routes share, made once per API worker. Knows who answers what; answers nothing itself."""
 
+import asyncio
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ropeway.scheduler.client import EngineClient
 from ropeway.scheduler.messages import ModelInfo
 from ropeway.server.admission import Admission, RejectReason
 from ropeway.server.errors import ApiError
+from ropeway.server.generator import Generator
 from ropeway.server.metrics import RequestMetrics, RequestRecord
 from ropeway.server.settings import Settings
-
-if TYPE_CHECKING:
-    from ropeway.scheduler.client import EngineClient
-    from ropeway.server.generator import Generator
-    from ropeway.server.tokenizer import Tokenizer
+from ropeway.server.tokenizer import TextTokenizer
 
 UNREADY_RETRY_S = 5
 
@@ -35,34 +34,57 @@ class Services:
     """
 
     settings: Settings
-    client: "EngineClient"
+    client: EngineClient
     admission: Admission
     metrics: RequestMetrics
     created: int = 0
     """Unix seconds when the model was loaded."""
-    tokenizer: "Tokenizer" = field(init=False)
+    tokenizer: TextTokenizer = field(init=False)
     """Filled by `load`, like `generator`: use both only after `require_ready()`."""
-    generator: "Generator" = field(init=False)
+    generator: Generator = field(init=False)
 
     @property
     def model_name(self) -> str:
         """The name in answers; `settings.served_names` has the others it listens to."""
         return self.settings.served_names[0]
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the model was loaded once; stays true while the engine is being restarted."""
+        return self.created > 0
+
+    async def load(self, info: ModelInfo) -> None:
+        """The engine is ready for the first time: tokenizer, template and presets come from the files it wrote."""
+        self.tokenizer = await asyncio.to_thread(TextTokenizer.load, info.text_dir)
+        self.generator = Generator(self.client, self.tokenizer)
+        self.created = int(time.time())
+
+    def why_unready(self) -> tuple[RejectReason, str] | None:
+        """Code and sentence that say why no token can come out now; None if one can."""
+        status = self.client.status
+        if status.reason in ("draining", "engine_failed"):
+            return "draining", "The server is shutting down."
+        if not self.loaded:
+            return "loading", f"The model is loading ({status.stage or status.phase}, {status.progress:.0%})."
+        if not status.ready:
+            return "engine_restarting", "The engine does not answer; it is being restarted if it has died."
+        return None
+
     def require_ready(self) -> ModelInfo:
-        """The model's facts, once tokens can come out.
+        """The model's facts, while tokens can come out.
 
         Raises: ApiError 503 `draining`, `loading` or `engine_restarting`, with Retry-After.
         """
-        status = self.client.status
-        if status.draining:
-            raise self._unready("draining", "The server is shutting down; try again in a moment.")
+        if why := self.why_unready():
+            self.metrics.rejected(why[0])
+            raise ApiError(503, why[1], code=why[0], headers={"Retry-After": str(UNREADY_RETRY_S)})
+        return self.require_loaded()
+
+    def require_loaded(self) -> ModelInfo:
+        """The model's facts, once it was loaded: for routes that need no engine. Raises: ApiError 503 `loading`."""
         info = self.client.info
-        if info is None or not self.created:
-            done = f"{status.progress:.0%}"
-            raise self._unready("loading", f"The model is still loading ({status.stage or status.phase}, {done}).")
-        if status.phase == "dead":
-            raise self._unready("engine_restarting", "The engine is being restarted; try again in a moment.")
+        if not self.loaded or info is None:
+            raise ApiError(503, "The model is loading.", code="loading", headers={"Retry-After": str(UNREADY_RETRY_S)})
         return info
 
     def check_model(self, name: str | None) -> None:
@@ -81,17 +103,8 @@ class Services:
         ticket = self.admission.reserve(n, prompt_tokens)
         return self.metrics.begin(scope, n, ticket)
 
-    def _unready(self, reason: RejectReason, message: str) -> ApiError:
-        self.metrics.rejected(reason)
-        return ApiError(503, message, code=reason, headers={"Retry-After": str(UNREADY_RETRY_S)})
-
 
 def key_id(scope: MutableMapping[str, Any]) -> str:
     """The caller's key as a short hash, "" on an open server: for fair share and the prefix cache's salt."""
     value: str = scope.get("state", {}).get("key_id", "")
     return value
-
-
-def now() -> int:
-    """Unix seconds, for `created`."""
-    return int(time.time())

@@ -40,7 +40,7 @@ def flag(default: Any, group: str, help: str, *, secret: bool = False, **more: A
 
 
 def parse_bytes(text: str) -> int:
-    """"512MiB", "2G" or "1073741824" -> bytes."""
+    """ "512MiB", "2G" or "1073741824" -> bytes."""
     number = text.strip().upper().removesuffix("B")
     digits = number.rstrip("KMGTI")
     if number[len(digits) :] not in UNITS:
@@ -52,7 +52,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_device(text: str) -> str:
-    """"auto", "cpu", "cuda" or "cuda:N"."""
+    """ "auto", "cpu", "cuda" or "cuda:N"."""
     name, _, number = text.partition(":")
     if text not in ("auto", "cpu", "cuda") and not (name == "cuda" and number.isdigit()):
         raise ValueError("is one of auto, cpu, cuda, cuda:N")
@@ -113,7 +113,7 @@ class Settings:
     strict: bool = flag(False, LIMITS, "refuse unknown request fields instead of naming them in x-ignored-params")
 
     api_key: tuple[str, ...] = flag((), SECURITY, "key that clients must send; repeatable", secret=True)
-    api_key_file: Path | None = flag(None, SECURITY, "file with one key a line, plain or sha256:HEX")
+    api_key_file: str | None = flag(None, SECURITY, "file with one key a line, plain or sha256:HEX")
     no_auth: bool = flag(False, SECURITY, "serve other machines without any secret")
     allowed_origins: tuple[str, ...] = flag((), SECURITY, "origins of web pages that may call the server, or *")
 
@@ -130,6 +130,11 @@ class Settings:
         if not self.model:
             return (DEMO_NAME,)
         return (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return bool(self.api_key or self.api_key_file)
 
     @property
     def max_queued_requests(self) -> int:
@@ -174,12 +179,12 @@ def flag_fields() -> list[tuple[Field[Any], Flag]]:
 
 
 def flag_name(name: str) -> str:
-    """"max_num_seqs" -> "--max-num-seqs"."""
+    """ "max_num_seqs" -> "--max-num-seqs"."""
     return "--" + name.replace("_", "-")
 
 
 def env_name(name: str) -> str:
-    """"max_num_seqs" -> "ROPEWAY_MAX_NUM_SEQS"."""
+    """ "max_num_seqs" -> "ROPEWAY_MAX_NUM_SEQS"."""
     return "ROPEWAY_" + name.upper()
 
 
@@ -291,10 +296,9 @@ def is_loopback(host: str) -> bool:
 
 def check_access(settings: Settings) -> None:
     """An open server stays on this machine unless the user says otherwise. Raises: UsageError."""
-    has_key = bool(settings.api_key or settings.api_key_file)
-    if settings.no_auth and has_key:
+    if settings.no_auth and settings.has_keys:
         raise UsageError("--no-auth contradicts --api-key and --api-key-file; give one or the other.")
-    if not has_key and not settings.no_auth and not is_loopback(settings.host):
+    if not settings.has_keys and not settings.no_auth and not is_loopback(settings.host):
         raise UsageError(
             f"--host {settings.host} can be reached from other machines: add --api-key or --api-key-file, or --no-auth "
             "if everybody may use the server."

@@ -1,0 +1,188 @@
+"""Plain ASGI around every route: request id, access log, the last exception handler, body limits.
+
+Knows no route and no model. Nothing here wraps a response in a task of its own, so a client that leaves is noticed
+where the response is made.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ropeway.server.errors import ApiError
+from ropeway.server.metrics import RequestMetrics, RequestRecord
+
+MAX_BODY_BYTES = 32 * 2**20
+BODY_SECONDS = 30.0
+CLIENT_LEFT = 499
+"""Status in log and metrics when the client left before there was one; nginx's number."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_WITH_BODY = ("POST", "PUT", "PATCH")
+_access = logging.getLogger("ropeway.access")
+_log = logging.getLogger("ropeway.server")
+
+
+def error_response(error: ApiError) -> Response:
+    """The one JSON shape. Plain ASCII, so that no text of a client's can make it fail."""
+    return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
+
+
+def route_template(scope: Scope) -> str:
+    """The route's path template for labels and logs; the raw path is unbounded."""
+    return str(getattr(scope.get("route"), "path", "unmatched"))
+
+
+class Envelope:
+    """Outermost: gives the request its id, logs and counts it, and turns what nobody caught into a 500."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the request; `state` gets `request_id` and `arrival` (monotonic seconds)."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = self._request_id(scope)
+        arrival = time.monotonic()
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            if not status:  # else the server cuts the connection: the client sees that the answer is not whole
+                error = ApiError(
+                    500,
+                    "The server failed on this request; its log has the details under the request id.",
+                    code="engine_error",
+                    headers={"x-should-retry": "false"},
+                )
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._note(scope, status or CLIENT_LEFT, time.monotonic() - arrival)
+
+    @staticmethod
+    def _request_id(scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                return bytes(value).decode()
+        return uuid.uuid4().hex
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = route_template(scope)
+        self._metrics.responded(route, scope["method"], status)
+        level = logging.DEBUG if route.startswith(("/health", "/metrics")) else logging.INFO
+        if _access.isEnabledFor(level):
+            _access.log(level, json.dumps(access_entry(scope, route, status, seconds)))
+
+
+def access_entry(scope: Scope, route: str, status: int, seconds: float) -> dict[str, Any]:
+    """What the log says of one request: ids, times in milliseconds, tokens, outcome; never text."""
+    state = scope["state"]
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": state["request_id"],
+        "key_id": state.get("key_id", ""),
+        "method": scope["method"],
+        "route": route,
+        "status": status,
+        "ms": round(1000 * seconds, 1),
+    }
+    record = state.get("record")
+    if isinstance(record, RequestRecord):
+        first = record.first_token
+        entry |= {
+            "n": record.n,
+            "prompt_tokens": record.prompt_tokens,
+            "cached_tokens": record.cached_tokens,
+            "output_tokens": record.output_tokens,
+            "ttft_ms": None if first is None else round(1000 * (first - record.arrival), 1),
+            "outcome": record.outcome,
+        }
+    return entry
+
+
+class BodyLimit:
+    """Reads a body whole before any route sees it: at most so many bytes, within an absolute deadline, JSON only.
+
+    Args:
+        max_bytes: 413 beyond it, whether the length was announced or not.
+        seconds: 408 when the body is not complete by then, however steadily it trickles.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on with its body in one piece, or answers 408, 413 or 415."""
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_headers(dict(scope["headers"]))
+            async with asyncio.timeout(self._seconds):
+                body = await self._read(receive)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        except TimeoutError:
+            message = f"The body was not complete after {self._seconds:g} s."
+            slow = ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
+            await error_response(slow)(scope, receive, send)
+            return
+        if body is None:
+            return  # the client left; there is nobody to answer
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_whole() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, receive_whole, send)
+
+    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self._max_bytes:
+            raise self._too_large()
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise ApiError(415, "Compressed bodies are not accepted.", code="unsupported_media_type")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json" and not (kind.startswith(b"application/") and kind.endswith(b"+json")):
+            raise ApiError(
+                415, "The body must be JSON, with `Content-Type: application/json`.", code="unsupported_media_type"
+            )
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._max_bytes} bytes.", code="request_too_large")
