@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 class SamplingParams:
     """How the next token of a row is chosen.
 
-    The order is that of transformers: penalties, bias and masks, then temperature, top-k, top-p, min-p.
+    The order is that of transformers: bias, penalties and bans, then temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: 0 is greedy; else logits are divided by it.
