@@ -4,13 +4,29 @@ Knows the engine client, the detokenizer and stop strings. Knows no protocol, no
 (the request's metrics record) is told what happens.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ropeway.server.request import ChoiceDelta, GenerationRequest
+import msgspec
+
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.step import TokenLogprobs
+from ropeway.scheduler.client import EngineError, NotReady, Quarantined
+from ropeway.scheduler.messages import RowOutput
+from ropeway.server.detokenizer import Detokenizer
+from ropeway.server.errors import ApiError
+from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
+from ropeway.server.stop_strings import StopAutomaton, StopMatcher
+from ropeway.server.tokenizer import TextTokenizer
 
 Outcome = Literal["stop", "length", "error", "disconnected", "timeout"]
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for -inf, which JSON cannot say."""
+RETRY_S = "5"
 
 
 class Observer(Protocol):
@@ -23,6 +39,33 @@ class Observer(Protocol):
         """Called once, when the generation is closed; None if every choice ended by itself."""
 
 
+class Rows(Protocol):
+    """The tokens of one submitted request; `scheduler.client.RequestStream` is one."""
+
+    def __aiter__(self) -> AsyncIterator[list[RowOutput]]: ...
+
+    async def __anext__(self) -> list[RowOutput]: ...
+
+    def abort(self, choice: int | None = None) -> None: ...
+
+
+class Engine(Protocol):
+    """Takes requests; `scheduler.client.EngineClient` is one."""
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        max_tokens: int,
+        n: int = 1,
+        *,
+        key_id: str = "",
+        cache_salt: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Rows: ...
+
+
 @dataclass(slots=True)
 class Usage:
     """Tokens, so far. A prompt counts once, however many choices it has."""
@@ -32,29 +75,250 @@ class Usage:
     cached_tokens: int = 0
 
 
+class _Choice:
+    """One row's text: what was generated, what of it may go out, how it ended."""
+
+    __slots__ = ("_detokenizer", "_matcher", "_request", "_tokenizer", "_tokens", "finished", "index", "length")
+
+    def __init__(
+        self, index: int, request: GenerationRequest, tokenizer: TextTokenizer, automaton: StopAutomaton | None
+    ) -> None:
+        self.index = index
+        self._request = request
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, request.skip_special_tokens)
+        self._matcher = StopMatcher(automaton, request.include_stop_str_in_output) if automaton else None
+        self._tokens = 0
+        self.length = 0
+        """Characters of text so far, those held back included."""
+        self.finished = False
+
+    def take(self, row: RowOutput, delta: ChoiceDelta) -> None:
+        """Adds a row's tokens to `delta`, up to the one that completes a stop string.
+
+        A stop token is counted and has its logprobs, but its text is no part of the answer unless asked for.
+        """
+        last = len(row.token_ids) - 1
+        for place, token_id in enumerate(row.token_ids):
+            self._tokens += 1
+            delta.token_ids.append(token_id)
+            if row.logprobs is not None:
+                delta.logprobs.append(self._position(token_id, row.logprobs[place]))
+            ends = place == last and row.stop_token_id is not None
+            if ends and not self._request.include_stop_str_in_output:
+                break
+            if self._add(self._detokenizer.step(token_id), delta):
+                return
+        if row.finish_reason is not None and not self._add(self._detokenizer.finish(), delta):
+            self._end(row, delta)
+
+    def _add(self, piece: str, delta: ChoiceDelta) -> bool:
+        """Passes a token's text on; True if a stop string ended the choice. None does before `min_tokens`."""
+        self.length += len(piece)
+        matcher = self._matcher
+        if matcher is None or self._tokens <= self._request.sampling.min_tokens:
+            delta.text += piece
+            return False
+        delta.text += matcher.feed(piece)
+        if matcher.matched is None:
+            return False
+        self.finished = True
+        delta.finish_reason, delta.stop_reason = "stop", matcher.matched
+        return True
+
+    def _end(self, row: RowOutput, delta: ChoiceDelta) -> None:
+        """The engine ended the row: what was held back after all belongs to the text."""
+        if self._matcher is not None:
+            delta.text += self._matcher.finish()
+        self.finished = True
+        delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
+        if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
+            delta.stop_reason = row.stop_token_id
+
+    def _position(self, token_id: int, logprobs: TokenLogprobs) -> PositionLogprobs:
+        text, data = self._tokenizer.token_text, self._tokenizer.token_bytes
+        top = [(id, text(id), data(id), finite(logprob)) for id, logprob in logprobs.top]
+        own = finite(logprobs.logprob)
+        return PositionLogprobs(token_id, text(token_id), data(token_id), own, top, self.length)
+
+
+def finite(logprob: float) -> float:
+    """A logprob that JSON can hold."""
+    return logprob if math.isfinite(logprob) and logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+class _Prompt:
+    """One submitted request and its choices."""
+
+    __slots__ = ("choices", "request", "rows")
+
+    def __init__(self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer) -> None:
+        self.request = request
+        self.rows = rows
+        automaton = StopAutomaton(request.stop) if request.stop else None
+        self.choices = [_Choice(request.first_index + i, request, tokenizer, automaton) for i in range(request.n)]
+
+
 class Generation:
-    """What `Generator.start` gives: iterate it to the end or close it. Not restartable, one consumer.
+    """What `Generator.start` gives: iterate it to the end, then close it. Not restartable, one consumer.
 
     Iteration yields one list per wake-up: everything that came since the last one, one `ChoiceDelta` per choice.
-    Nothing is pulled from the engine's stream while nobody asks, so a slow reader's deltas coalesce.
+    Nothing is taken from the engine's stream while nobody asks, so a slow reader's deltas coalesce.
     Raises ApiError: 500 `engine_error`, 503 `engine_restarting`, 504 `deadline_exceeded`.
     """
 
-    usage: Usage
+    def __init__(self, prompts: list[_Prompt], observer: Observer) -> None:
+        self.usage = Usage(prompt_tokens=sum(len(prompt.request.prompt_ids) for prompt in prompts))
+        self._prompts = prompts
+        self._observer = observer
+        self._waits: dict[asyncio.Task[list[RowOutput] | None], _Prompt] = {}
+        self._failure: ApiError | None = None
+        self._closed = False
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
-        raise NotImplementedError
+        return self
 
     async def __anext__(self) -> list[ChoiceDelta]:
-        raise NotImplementedError
+        while self._failure is None:
+            if all(choice.finished for prompt in self._prompts for choice in prompt.choices):
+                raise StopAsyncIteration
+            deltas = self._update(await self._pull())
+            if deltas:
+                for delta in deltas:
+                    self._observer.observe(delta)
+                return deltas
+        raise self._failure
+
+    async def _pull(self) -> list[tuple[_Prompt, list[RowOutput]]]:
+        """What came for any prompt, waiting until something does. A failure is kept for after the deltas."""
+        if len(self._prompts) == 1:
+            prompt = self._prompts[0]
+            rows = await self._next(prompt)
+            return [(prompt, rows)] if rows else []
+        waiting = set(self._waits.values())
+        for prompt in self._prompts:
+            if prompt not in waiting and not all(choice.finished for choice in prompt.choices):
+                self._waits[asyncio.create_task(self._next(prompt))] = prompt
+        done, _ = await asyncio.wait(self._waits, return_when=asyncio.FIRST_COMPLETED)
+        came = [(self._waits.pop(task), task.result()) for task in done]
+        return [(prompt, rows) for prompt, rows in came if rows]
+
+    async def _next(self, prompt: _Prompt) -> list[RowOutput] | None:
+        try:
+            return await anext(prompt.rows)
+        except StopAsyncIteration:
+            self._failure = engine_failure("The engine ended the request early.")
+        except EngineError as error:
+            self._failure = api_error(error)
+        return None
+
+    def _update(self, came: list[tuple[_Prompt, list[RowOutput]]]) -> list[ChoiceDelta]:
+        """Rows to deltas. A choice that a stop string ended is aborted at once."""
+        deltas: dict[int, ChoiceDelta] = {}
+        for prompt, rows in came:
+            for row in rows:
+                choice = prompt.choices[row.choice]
+                if choice.finished:
+                    continue  # computed after the stop string
+                if row.finish_reason in ("error", "timeout", "abort"):
+                    self._failure = row_error(row)
+                    if not row.token_ids:
+                        continue
+                    row = msgspec.structs.replace(row, finish_reason=None)
+                delta = deltas.setdefault(choice.index, ChoiceDelta(choice.index))
+                choice.take(row, delta)
+                delta.cached_tokens += row.cached_tokens or 0
+                self.usage.cached_tokens += (row.cached_tokens or 0) if row.choice == 0 else 0
+                if choice.finished and row.finish_reason is None:
+                    prompt.rows.abort(row.choice)
+        self.usage.completion_tokens += sum(len(delta.token_ids) for delta in deltas.values())
+        return list(deltas.values())
 
     def close(self, outcome: Outcome | None = None) -> None:
         """Aborts in the engine whatever is unfinished and tells the observer. Idempotent: the first call counts."""
+        if self._closed:
+            return
+        self._closed = True
+        for prompt in self._prompts:
+            if not all(choice.finished for choice in prompt.choices):
+                prompt.rows.abort()
+        for task in self._waits:
+            task.cancel()
+        if self._failure is not None:
+            outcome = "timeout" if self._failure.status == 504 else "error"
+        self._observer.finish(outcome)
 
 
 class Generator:
-    """Makes generations. `Generator(client, tokenizer)`; one per API worker."""
+    """Makes generations; one per API worker.
 
-    def start(self, requests: list[GenerationRequest], observer: Observer) -> Generation:
-        """Submits every prompt. Choices are numbered through: request i starts at its `first_index`."""
-        raise NotImplementedError
+    Args:
+        engine: takes the requests.
+        tokenizer: gives bytes per id.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: TextTokenizer) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+
+    def start(self, requests: Sequence[GenerationRequest], observer: Observer) -> Generation:
+        """Submits every prompt. Choices are numbered through: request i starts at its `first_index`.
+
+        Raises: ApiError 503 if the engine takes nothing now; what was submitted before is aborted.
+        """
+        prompts: list[_Prompt] = []
+        try:
+            for request in requests:
+                rows = self._engine.submit(
+                    request.prompt_ids,
+                    request.sampling,
+                    request.max_tokens,
+                    request.n,
+                    key_id=request.key_id,
+                    cache_salt=request.cache_salt,
+                    priority=request.priority,
+                    deadline=request.deadline,
+                )
+                prompts.append(_Prompt(request, rows, self._tokenizer))
+        except EngineError as error:
+            for prompt in prompts:
+                prompt.rows.abort()
+            raise api_error(error) from None
+        return Generation(prompts, observer)
+
+
+async def collect(generation: Generation) -> list[ChoiceDelta]:
+    """Everything, one delta per choice, in order of their indexes."""
+    whole: dict[int, ChoiceDelta] = {}
+    texts: dict[int, list[str]] = {}
+    async for deltas in generation:
+        for delta in deltas:
+            choice = whole.setdefault(delta.index, ChoiceDelta(delta.index))
+            texts.setdefault(delta.index, []).append(delta.text)
+            choice.token_ids += delta.token_ids
+            choice.logprobs += delta.logprobs
+            choice.cached_tokens += delta.cached_tokens
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+    for index, choice in whole.items():
+        choice.text = "".join(texts[index])
+    return [whole[index] for index in sorted(whole)]
+
+
+def engine_failure(message: str) -> ApiError:
+    """The 500 for a request that the engine could not finish and would not finish if tried again."""
+    return ApiError(500, message, code="engine_error", headers={"x-should-retry": "false"})
+
+
+def api_error(error: EngineError) -> ApiError:
+    """How an engine's refusal looks to a client."""
+    if isinstance(error, Quarantined):
+        return engine_failure(str(error))
+    code = error.code if isinstance(error, NotReady) and error.code == "loading" else "engine_restarting"
+    return ApiError(503, str(error), code=code, headers={"Retry-After": RETRY_S})
+
+
+def row_error(row: RowOutput) -> ApiError:
+    """How a row that ended in an error looks to a client."""
+    if row.finish_reason == "timeout":
+        return ApiError(504, row.error or "The request's deadline has passed.", code="deadline_exceeded")
+    return engine_failure(row.error or "The engine gave this request up.")

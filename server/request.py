@@ -37,6 +37,8 @@ class PositionLogprobs:
     logprob: float
     top: list[tuple[int, str, bytes, float]]
     """(id, text, bytes, logprob), best first."""
+    text_offset: int
+    """Characters of the choice's text before this token."""
 
 
 @dataclass(slots=True)

@@ -4,13 +4,31 @@ Knows bytes, headers and silence; the protocol says what the bytes are. Whatever
 when the call returns: its rows are aborted and its place in the queue is given back.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
-from ropeway.server.generator import Generation
+from ropeway.server.errors import ApiError
+from ropeway.server.generator import Generation, Outcome, collect, engine_failure
 from ropeway.server.request import ChoiceDelta
+
+KEEP_ALIVE_S = 10.0
+"""Silence after which a comment tells proxies and clients that the stream lives."""
+SLOW_READER_S = 60.0
+"""A client whose socket takes nothing for so long has left."""
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+Result = TypeVar("Result")
 
 
 class Frames(Protocol):
@@ -23,6 +41,25 @@ class Frames(Protocol):
         """The last events: usage, if asked for, and `data: [DONE]`."""
 
 
+class ClientLeft(Exception):
+    """The client closed its connection, or reads no more."""
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON in UTF-8. Line separators beyond ASCII are escaped: clients that split lines as Python does break there."""
+    data = msgspec.json.encode(value)
+    if data.isascii():
+        return data
+    for raw, escaped in ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029")):
+        data = data.replace(raw, escaped)
+    return data
+
+
+def event(document: Any) -> bytes:
+    """One server-sent event with a JSON document."""
+    return b"data: " + json_bytes(document) + b"\n\n"
+
+
 class EventStream:
     """`EventStream(generation, frames, headers)`: return it from an endpoint like a response.
 
@@ -30,9 +67,63 @@ class EventStream:
     application's handler and has its own status, afterwards it is an error event, then `[DONE]`.
     """
 
-    def __init__(self, generation: Generation, frames: Frames, headers: dict[str, str] | None = None) -> None: ...
+    def __init__(self, generation: Generation, frames: Frames, headers: dict[str, str] | None = None) -> None:
+        self._generation = generation
+        self._frames = frames
+        self._headers = _raw(STREAM_HEADERS | (headers or {}))
+        self._started = False
+        self._spoke = time.monotonic()
+        self._turn = asyncio.Lock()  # tokens and keep-alives are written by two tasks
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request. Raises: ApiError, if nothing was sent yet."""
+        outcome: Outcome | None = "error"
+        try:
+            await while_connected(self._speak(send), receive)
+            outcome = None
+        except ClientLeft:
+            outcome = "disconnected"
+        finally:
+            self._generation.close(outcome)
+
+    async def _speak(self, send: Send) -> None:
+        beat = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for deltas in self._generation:
+                if data := self._frames.encode(deltas):
+                    await self._write(send, data)
+            await self._write(send, self._frames.finish(), last=True)
+        except ApiError as error:
+            if not self._started:
+                raise
+            await self._write(send, event(error.body()) + DONE, last=True)
+        except Exception:
+            if self._started:
+                failure = engine_failure("The server failed on this request.")
+                await self._write(send, event(failure.body()) + DONE, last=True)
+            raise
+        finally:
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._spoke + KEEP_ALIVE_S - time.monotonic())
+            if time.monotonic() - self._spoke >= KEEP_ALIVE_S:
+                await self._write(send, KEEP_ALIVE)
+
+    async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
+        """Sends the headers before the first bytes. Raises: ClientLeft if the socket takes nothing for long."""
+        async with self._turn:
+            try:
+                async with asyncio.timeout(SLOW_READER_S):
+                    if not self._started:
+                        self._started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                    await send({"type": "http.response.body", "body": data, "more_body": not last})
+            except TimeoutError:
+                raise ClientLeft from None
+            self._spoke = time.monotonic()
 
 
 class JsonAnswer:
@@ -43,6 +134,49 @@ class JsonAnswer:
         generation: Generation,
         body: Callable[[list[ChoiceDelta]], Any],
         headers: dict[str, str] | None = None,
-    ) -> None: ...
+    ) -> None:
+        self._generation = generation
+        self._body = body
+        self._headers = {"content-type": "application/json"} | (headers or {})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request, unless the client leaves before. Raises: ApiError, nothing was sent then."""
+        outcome: Outcome | None = "error"
+        try:
+            choices = await while_connected(collect(self._generation), receive)
+            data = json_bytes(self._body(choices))
+            headers = _raw(self._headers | {"content-length": str(len(data))})
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": data, "more_body": False})
+            outcome = None
+        except ClientLeft:
+            outcome = "disconnected"
+        finally:
+            self._generation.close(outcome)
+
+
+async def while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+    """The result of `work`, which is cancelled when the client leaves. Raises: ClientLeft; whatever `work` raises.
+
+    The request's body must have been read: the next message is the client's leaving.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
