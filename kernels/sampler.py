@@ -163,9 +163,9 @@ def top_k(scores: torch.Tensor, k: torch.Tensor, largest_k: int) -> torch.Tensor
 
 
 def top_p(scores: torch.Tensor, probs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Keeps a token where those better than it have together less than p (TopPLogitsWarper, which sorts ascending
-    and stably, so that the higher id is the better of equals). scores [R, C] fp32, none above 0; their probs [R, C];
-    p [R] in (0, 1], 1 = off. Tokens that are not kept anyway may be missing.
+    """Keeps a token where those better than it have together less than p (TopPLogitsWarper). Of equals the higher id
+    is the better one: transformers sorts ascending, and leaves the order of many equals open. scores [R, C] fp32,
+    none above 0; their probs [R, C]; p [R] in (0, 1], 1 = off. Tokens that are not kept anyway may be missing.
 
     Instead of sorting, the last score that is kept is found digit by digit of its bits (radix selection), by
     histograms of probabilities in steps of 2^-40: integer sums, exact in any order.
