@@ -251,9 +251,10 @@ class EngineClient:
 
     def _open_sockets(self, generation: int) -> None:
         directory, worker = self._context.directory, self._context.worker
-        self._pull = self._zmq.socket(zmq.PULL, rcvhwm=QUEUED_MESSAGES, linger=0)
+        self._pull, self._push = self._zmq.socket(zmq.PULL), self._zmq.socket(zmq.PUSH)
+        self._pull.set_hwm(QUEUED_MESSAGES)
         self._pull.bind(socket_address(directory, generation, worker, "out"))
-        self._push = self._zmq.socket(zmq.PUSH, sndhwm=0, linger=0)  # bounded by what was admitted
+        self._push.set_hwm(0)  # no limit: what was admitted is one
         self._push.connect(socket_address(directory, generation, worker, "in"))
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pull.fileno(), self._hear_engine)
@@ -262,8 +263,8 @@ class EngineClient:
     def _close_sockets(self) -> None:
         if self._pull and self._push:
             asyncio.get_running_loop().remove_reader(self._pull.fileno())
-            self._pull.close()
-            self._push.close()
+            self._pull.close(linger=0)
+            self._push.close(linger=0)
             self._pull = self._push = None
 
     def _send(self, message: ToEngine) -> None:

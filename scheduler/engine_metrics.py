@@ -2,7 +2,7 @@
 
 Import only where `PROMETHEUS_MULTIPROC_DIR` is set: prometheus_client reads it once, when imported. Recorded once per
 step, never per token. Gauges are `mostrecent`: the last process to write one wins, so the supervisor sets a dead
-engine's gauges to 0. Knows no engine: `StepStats` is filled by the engine loop.
+engine's gauges to 0. Knows no engine: `StepRecord` is filled by the engine loop.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _COUNTERS = {
 
 
 @dataclass(slots=True, frozen=True)
-class StepStats:
+class StepRecord:
     """One step, and the engine after it. The last five count since the engine's start."""
 
     seconds: float
@@ -64,7 +64,7 @@ class EngineGauges:
             self._gauges[name] = gauge.labels(model_name)
         self.clear()
 
-    def set(self, stats: StepStats) -> None:
+    def set(self, stats: StepRecord) -> None:
         """What the last step left."""
         for name, gauge in self._gauges.items():
             gauge.set(getattr(stats, name))
@@ -102,7 +102,7 @@ class EngineMetrics:
         )
         self._seconds = {kind: seconds.labels(model_name, kind) for kind in ("decode", "prefill", "mixed")}
 
-    def record(self, stats: StepStats) -> None:
+    def record(self, stats: StepRecord) -> None:
         """Once per step."""
         self._gauges.set(stats)
         for name, counter in self._counters.items():
@@ -131,7 +131,7 @@ class SupervisorMetrics:
     def engine_died(self, pid: int) -> None:
         """Its gauges go to 0; what it counted stays."""
         self._gauges.clear()
-        mark_process_dead(pid)
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def engine_restarted(self) -> None:
         """One more engine process."""
@@ -139,4 +139,4 @@ class SupervisorMetrics:
 
     def worker_died(self, pid: int) -> None:
         """Its live gauges go; what it counted stays."""
-        mark_process_dead(pid)
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]

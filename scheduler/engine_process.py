@@ -1,54 +1,26 @@
-"""Main of the engine process: loads the model, runs the engine's loop, talks to workers and supervisor.
-
-    loading    a thread sends heartbeats; build the runner, export the text files
-    stepping   the loop itself: inbox -> engine.step -> one message per worker; idle, it sleeps in poll
+"""Main of the engine process: loads the model, then lets the engine step. Knows neither how.
 
 Nothing heavy is imported before the first heartbeat is out. An exception in a step ends the process: the supervisor
 starts another, and the workers send their unfinished requests again.
 """
 
-import logging
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import msgspec
-import zmq
-
-from ropeway.kernels.step import StepInput, StepOutput
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.config import EngineConfig
-from ropeway.scheduler.engine import Engine, Flight, Runner
-from ropeway.scheduler.messages import (
-    AbortRequest,
-    AddRequest,
-    EngineReady,
-    FromEngine,
-    Heartbeat,
-    LoadFailed,
-    ModelInfo,
-    Phase,
-    StepOutputs,
-    Stop,
-    ToEngine,
-    WorkerGone,
-    WorkerStarted,
-    WorkerStuck,
-)
-from ropeway.scheduler.processes import EngineContext, receive_control, send_control, socket_address
+from ropeway.scheduler.engine import Engine, Runner
+from ropeway.scheduler.messages import Heartbeat, LoadFailed, ModelInfo, Phase
+from ropeway.scheduler.processes import EngineContext, send_control
 from ropeway.scheduler.scheduler import Limits, Scheduler
 
-if TYPE_CHECKING:
-    from ropeway.scheduler.engine_metrics import EngineMetrics, StepKind
-
-logger = logging.getLogger("ropeway.engine")
-
 HEARTBEAT_SECONDS = 0.25
-QUEUED_MESSAGES = 1000
-"""Steps a worker may lag behind before it is given up."""
+MAX_MESSAGE = 2000
+"""Characters of a load failure's message."""
 
 Progress = Callable[[Phase, str, float], None]
 """progress(phase, stage for people, share of the whole start done)."""
@@ -86,12 +58,32 @@ def serve(context: EngineContext, load: Load) -> None:
     pulse = Pulse(context)
     try:
         loaded = load(context.config, f"{context.directory}/text{context.generation}", pulse.progress)
-    except LoadError as error:
+    except Exception as error:
         pulse.stop()
-        send_control(context.control, LoadFailed(context.generation, str(error)))
+        message = str(error)
+        if not isinstance(error, LoadError):  # nobody foresaw it: the sentence alone will not do
+            traceback.print_exc()
+            message = f"Loading {context.config.model} failed: {type(error).__name__}: {error}"
+        send_control(context.control, LoadFailed(context.generation, message[:MAX_MESSAGE]))
         sys.exit(1)
+    from ropeway.scheduler.engine_loop import EngineLoop
+
+    loop = EngineLoop(context, build_engine(context.config, loaded), loaded.info)
     pulse.stop()
-    EngineLoop(context, loaded).run()
+    loop.run()
+
+
+def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:
+    """Scheduler and engine around a loaded model."""
+    info = loaded.info
+    limits = Limits(
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        prefix_cache_scope=config.prefix_cache_scope,
+    )
+    pool = BlockPool(info.num_blocks, info.block_size, caching=config.enable_prefix_caching)
+    return Engine(Scheduler(limits, pool), loaded.runner, loaded.lag)
 
 
 class Pulse:

@@ -269,6 +269,7 @@ class Supervisor:
     def _hear_engine(self, engine: Child) -> None:
         try:
             while (report := receive_control(engine.control)) is not None:
+                assert isinstance(report, EngineReport)
                 self._on_engine_report(report)
         except EOFError:  # it is about to die
             if not engine.wait(GRACE):
@@ -292,7 +293,7 @@ class Supervisor:
 
     def _check_engine(self, engine: Child) -> None:
         if engine.alive and (complaint := self._watchdog.complaint(time.monotonic())):
-            logger.error("the engine hangs (%s): killed", complaint)
+            self._last_words = f"The engine hung ({complaint}) and was killed."
             engine.kill(self._limits.stack_dump)
         if not engine.alive:
             self._engine = None
@@ -302,15 +303,17 @@ class Supervisor:
         assert self._metrics
         self._metrics.engine_died(pid)
         reason = self._last_words or f"The engine process {how}."
+        if how.endswith("SIGKILL") and not self._last_words and not self._was_ready:
+            reason = f"The engine process {how} while loading; has the machine enough memory?"
         self._last_words = ""
         if not self._was_ready:
-            self._fail(reason if reason[-1] == "." else f"{reason}.")
+            self._fail(reason)
         elif self._engine_budget.spend(time.monotonic()):
             logger.error("%s Starting it again.", reason)
             self._metrics.engine_restarted()
             self._start_engine()
         else:
-            self._failure = f"The engine died {self._limits.engine_restarts + 1} times. {reason}"
+            self._failure = f"The engine keeps dying and is not started again. {reason}"
             self._tell_workers(EngineLost(self._failure))
             self._drain(FAREWELL)
 

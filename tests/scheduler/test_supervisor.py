@@ -1,0 +1,351 @@
+"""Real processes: engine and workers are killed, hang and fail; the fake model makes tokens exact without torch.
+
+Nothing sleeps for luck: every wait polls for a fact with a deadline.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_server import BROKEN_MODEL, DEADLY, DYING_MODEL, FROZEN_MODEL, HANGING
+
+LIMIT_S = 60.0
+SCRIPT = Path(__file__).with_name("fake_server.py")
+PROMPT = {"prompt": [1, 2, 3, 4, 5, 6, 7], "max_tokens": 200, "n": 2, "seed": 11}
+
+
+def wait_for(fact: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
+    """Polls until the fact is true; returns it."""
+    deadline = time.monotonic() + limit_s
+    while not (value := fact()):
+        assert time.monotonic() < deadline, f"waited {limit_s} s in vain for {what}"
+        time.sleep(0.01)
+    return value
+
+
+class Answer:
+    """One request on its own connection, read line by line."""
+
+    def __init__(self, port: int, request: dict[str, Any]) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S)
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        self._file = self._socket.makefile("rb")
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, str] = {}
+
+    def next(self) -> dict[str, Any] | None:
+        """Reads a line. None: tokens came; else the last line of the answer, or a status."""
+        try:
+            message = json.loads(self._file.readline() or '{"error": "closed"}')
+        except ConnectionResetError:
+            return {"error": "closed"}
+        if isinstance(message, dict):
+            return message
+        for choice, token_ids, finish in message:
+            self.tokens.setdefault(choice, []).extend(token_ids)
+            if finish:
+                self.finish[choice] = finish
+        return None
+
+    def rest(self) -> dict[str, Any]:
+        """Reads to the end and closes; returns the last line."""
+        try:
+            while (message := self.next()) is None:
+                pass
+            return message
+        finally:
+            self.close()
+
+    def read_tokens(self, count: int) -> None:
+        """Until choice 0 has so many tokens."""
+        while len(self.tokens.get(0, [])) < count:
+            assert self.next() is None
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+@dataclass
+class Server:
+    """A supervisor process with its children."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def status(self) -> dict[str, Any]:
+        """As the worker sees it; empty if it cannot be asked now."""
+        try:
+            answer = Answer(self.port, {"status": True})
+            message = answer.rest()
+        except OSError:
+            return {}
+        return message if "ready" in message else {}
+
+    def wait_ready(self, generation: int = 1) -> dict[str, Any]:
+        def ready() -> dict[str, Any] | None:
+            assert self.process.poll() is None
+            status = self.status()
+            return status if status.get("ready") and status["generation"] >= generation else None
+
+        status: dict[str, Any] = wait_for(ready, f"generation {generation}")
+        return status
+
+    def ask(self, **request: Any) -> Answer:
+        return Answer(self.port, request)
+
+    def end(self, *signals: signal.Signals) -> int:
+        for number in signals:
+            self.process.send_signal(number)
+        return self.process.wait(LIMIT_S)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts fake servers; afterwards no child of theirs may live."""
+    servers: list[Server] = []
+
+    def run(**options: Any) -> Server:
+        command = [sys.executable, str(SCRIPT), json.dumps(options)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout
+        servers.append(Server(process, int(process.stdout.readline() or 0)))
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.process.kill()
+        server.process.communicate(timeout=LIMIT_S)
+
+
+def undisturbed(server: Server) -> dict[int, list[int]]:
+    """What PROMPT gives when nothing happens."""
+    answer = server.ask(**PROMPT)
+    assert answer.rest() == {"done": True}
+    assert {choice: len(tokens) for choice, tokens in answer.tokens.items()} == {0: 200, 1: 200}
+    return answer.tokens
+
+
+def children(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def assert_nothing_left(family: list[psutil.Process], directory: str | None) -> None:
+    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
+    assert not alive
+    assert directory is None or not Path(directory).exists()
+
+
+def test_engine_killed_twice(start: Callable[..., Server]) -> None:
+    """Guards resumed streams: after one death the same tokens as undisturbed; a request present at two is quarantined,
+    one present at the second alone is not."""
+    server = start()
+    server.wait_ready()
+    expected = undisturbed(server)
+    first = server.ask(**PROMPT)
+    first.read_tokens(20)
+    os.kill(server.status()["engine"], signal.SIGKILL)
+    first.read_tokens(len(first.tokens[0]) + 20)
+    status = server.wait_ready(2)
+    second = server.ask(**PROMPT)
+    second.read_tokens(20)
+    os.kill(status["engine"], signal.SIGKILL)
+    assert first.rest() == {"error": "quarantined"}
+    assert 40 <= len(first.tokens[0]) < 200
+    assert first.tokens[0] == expected[0][: len(first.tokens[0])]
+    assert second.rest() == {"done": True}
+    assert second.tokens == expected
+    assert server.status()["generation"] == 3
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_deadly_request_ends_alone(start: Callable[..., Server]) -> None:
+    """Guards against a poison request: it kills two engines and no more; who comes between is served."""
+    server = start()
+    server.wait_ready()
+    expected = undisturbed(server)
+    assert server.ask(prompt=[DEADLY], max_tokens=5).rest() == {"error": "quarantined"}
+    server.wait_ready(3)
+    assert undisturbed(server) == expected
+
+
+def test_readiness_follows_the_engine(start: Callable[..., Server]) -> None:
+    """Guards balancers: unready within a second of the engine's death, requests are refused meanwhile."""
+    server = start()
+    pid = server.wait_ready()["engine"]
+    os.kill(pid, signal.SIGKILL)
+    status = wait_for(lambda: (s := server.status()) and not s["ready"] and s, "unreadiness", limit_s=1)
+    assert status["reason"] == "engine_restarting"
+    assert server.ask(prompt=[1], max_tokens=1).rest() == {"error": "engine_restarting"}
+    server.wait_ready(2)
+
+
+def test_a_step_that_never_ends(start: Callable[..., Server]) -> None:
+    """Guards against a hang: no heartbeat comes from a stuck step, so the engine is ended, its stacks printed."""
+    server = start(step_timeout=1.0)
+    server.wait_ready()
+    hanging = server.ask(prompt=[HANGING], max_tokens=5)
+    wait_for(lambda: server.status().get("reason") == "engine_stalled", "unreadiness before the end")
+    assert hanging.rest() == {"error": "quarantined"}  # the second engine hung too
+    server.wait_ready(3)
+    assert server.end(signal.SIGTERM) == 0
+    assert server.process.stderr
+    text = server.process.stderr.read()
+    assert "no heartbeat for" in text and "in launch" in text
+
+
+def test_a_stopped_engine(start: Callable[..., Server]) -> None:
+    """Guards against a frozen process: SIGSTOP ends no socket and closes no pipe; only silence shows it."""
+    server = start(step_timeout=1.0)
+    os.kill(server.wait_ready()["engine"], signal.SIGSTOP)
+    server.wait_ready(2)
+
+
+def test_a_worker_dies(start: Callable[..., Server]) -> None:
+    """Guards the other requests: a new worker serves on the same port, and the engine drops the dead one's rows."""
+    server = start()
+    status = server.wait_ready()
+    expected = undisturbed(server)
+    lost = server.ask(**PROMPT | {"max_tokens": 400})
+    lost.read_tokens(10)
+    os.kill(status["worker"], signal.SIGKILL)
+    assert "error" in lost.rest()
+    again = server.wait_ready()
+    assert again["worker"] != status["worker"] and again["engine"] == status["engine"]
+    wait_for(lambda: server.status().get("running") == 0, "the rows of the dead worker to leave")
+    assert undisturbed(server) == expected
+
+
+def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) -> None:
+    """Guards against a respawn loop: exit code 1 and a sentence."""
+    server = start(worker_dies=True)
+    _, text = server.process.communicate(timeout=LIMIT_S)
+    assert server.process.returncode == 1
+    assert text.splitlines()[-1] == "ropeway: API workers keep dying; the last one exited with code 3."
+
+
+def test_the_supervisor_dies(start: Callable[..., Server]) -> None:
+    """Guards against orphans that hold the port and the memory."""
+    server = start()
+    server.wait_ready()
+    family = children(server)
+    assert len(family) >= 2
+    server.end(signal.SIGKILL)
+    assert_nothing_left(family, None)
+
+
+def test_the_restart_budget_ends(start: Callable[..., Server]) -> None:
+    """Guards against an endless restart loop: every stream ends with an error, the server with 1."""
+    server = start(engine_restarts=0)
+    status = server.wait_ready()
+    answer = server.ask(**PROMPT)
+    answer.read_tokens(5)
+    family = children(server)
+    os.kill(status["engine"], signal.SIGKILL)
+    assert answer.rest() == {"error": "engine_failed"}
+    assert server.process.wait(LIMIT_S) == 1
+    assert server.process.stderr
+    assert "ropeway: The engine keeps dying" in server.process.stderr.read()
+    assert_nothing_left(family, status["directory"])
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (BROKEN_MODEL, "There is no model in the folder broken; name another one."),
+        (DYING_MODEL, "The engine process was killed by SIGKILL while loading; has the machine enough memory?"),
+        (FROZEN_MODEL, "The engine hung (no progress for 1 s while loading) and was killed."),
+    ],
+)
+def test_load_failures(start: Callable[..., Server], model: str, sentence: str) -> None:
+    """Guards newcomers: a model that cannot be loaded ends the server with one sentence and 1, and without orphans."""
+    server = start(model=model, load_stall=1.0 if model == FROZEN_MODEL else LIMIT_S)
+    _, text = server.process.communicate(timeout=LIMIT_S)
+    assert server.process.returncode == 1
+    assert text.splitlines()[-1] == f"ropeway: {sentence}"
+    assert "Traceback" not in text
+
+
+def test_the_port_is_taken(start: Callable[..., Server]) -> None:
+    """Guards newcomers: the port is tried before anything loads, and the sentence says what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        server = start(port=port)
+        _, text = server.process.communicate(timeout=LIMIT_S)
+    assert server.process.returncode == 1
+    assert text == f"Port {port} on 127.0.0.1 is in use; choose another with --port\n"
+
+
+def test_the_port_answers_while_loading(start: Callable[..., Server]) -> None:
+    """Guards health checks: the worker answers with stage and progress long before the model is there."""
+    server = start(model=FROZEN_MODEL)
+    status = wait_for(lambda: (s := server.status()) and s["stage"] and s, "an answer")
+    assert not status["ready"]
+    assert (status["reason"], status["stage"], status["progress"]) == ("loading", "reading weights", 0.5)
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_sigterm_drains(start: Callable[..., Server]) -> None:
+    """Guards deployments: running streams end whole, nobody gets in, exit code 0, nothing is left."""
+    server = start(workers=2)
+    status = server.wait_ready()
+    expected = undisturbed(server)
+    answer = server.ask(**PROMPT)
+    answer.read_tokens(5)
+    family = children(server)
+    server.process.send_signal(signal.SIGTERM)
+    assert answer.rest() == {"done": True}
+    assert answer.tokens == expected
+    assert server.process.wait(LIMIT_S) == 0
+    assert_nothing_left(family, status["directory"])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_the_drain_has_an_end(start: Callable[..., Server]) -> None:
+    """Guards deployments against an endless stream: it ends with an error at the deadline, exit code 0."""
+    server = start(drain_timeout=0.3)
+    server.wait_ready()
+    answer = server.ask(**PROMPT | {"max_tokens": 450, "n": 1})
+    answer.read_tokens(5)
+    server.process.send_signal(signal.SIGINT)
+    assert answer.rest() == {"error": "engine_failed"}
+    assert server.process.wait(LIMIT_S) == 0
+
+
+def test_a_second_signal_ends_at_once(start: Callable[..., Server]) -> None:
+    """Guards impatient people: no waiting for streams any more, and still nothing is left."""
+    server = start()
+    status = server.wait_ready()
+    answer = server.ask(**PROMPT | {"max_tokens": 450})
+    answer.read_tokens(5)
+    family = children(server)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.status() == {} or server.status().get("draining"), "the drain")
+    assert server.end(signal.SIGINT) == 128 + signal.SIGINT
+    assert_nothing_left(family, status["directory"])
+    answer.close()
+
+
+def test_signals_to_the_whole_group(start: Callable[..., Server]) -> None:
+    """Guards Ctrl-C and service managers, which signal every process: children leave the end to the supervisor."""
+    server = start()
+    server.wait_ready()
+    answer = server.ask(**PROMPT)
+    answer.read_tokens(5)
+    for process in children(server):
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGINT)
+    assert answer.rest() == {"done": True}
+    assert server.process.wait(LIMIT_S) == 0
