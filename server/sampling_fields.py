@@ -205,7 +205,8 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_new_tokens: int | None = None
+    completion_tokens: int = COMPLETION_TOKENS
+    """Length of a completion, `max_new_tokens` of the file."""
 
     @classmethod
     def from_generation_config(cls, config: dict[str, Any]) -> "SamplingDefaults":
@@ -221,7 +222,7 @@ class SamplingDefaults:
         if config.get("do_sample") is False:
             legal["temperature"] = 0.0
         length = config.get("max_new_tokens")
-        return cls(**legal, max_new_tokens=length if isinstance(length, int) and length > 0 else None)
+        return cls(**legal, completion_tokens=length if isinstance(length, int) and length > 0 else COMPLETION_TOKENS)
 
 
 def sampling_params(
@@ -231,6 +232,7 @@ def sampling_params(
     vocab_size: int,
     eos_token_ids: frozenset[int],
     logprobs: int | None,
+    first_index: int = 0,
 ) -> SamplingParams:
     """One request's parameters for the sampler.
 
@@ -238,6 +240,7 @@ def sampling_params(
         vocab_size: width of the logits; every token id must be smaller.
         eos_token_ids: end the text unless the client ignores them.
         logprobs: top logprobs per token, None for none at all.
+        first_index: of the prompt's choices; choice i of the answer samples with seed + i.
 
     Raises: ApiError 400 for token ids outside of the vocabulary, and where every token is banned.
     """
@@ -257,7 +260,7 @@ def sampling_params(
         allowed_token_ids=tuple(dict.fromkeys(fields.allowed_token_ids or ())),
         stop_token_ids=tuple(sorted(ends)),
         min_tokens=fields.min_tokens or 0,
-        seed=secrets.randbits(63) if fields.seed is None else fields.seed,
+        seed=_wrapped((secrets.randbits(63) if fields.seed is None else fields.seed) + first_index),
         logprobs=logprobs,
     )
     _check_a_token_is_left(params, vocab_size)
@@ -266,6 +269,11 @@ def sampling_params(
 
 def _given(value: Number | None, default: Number) -> Number:
     return default if value is None else value
+
+
+def _wrapped(seed: int) -> int:
+    """int64, wrapping."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ropeway.server.errors import ApiError
@@ -60,7 +61,7 @@ def event(document: Any) -> bytes:
     return b"data: " + json_bytes(document) + b"\n\n"
 
 
-class EventStream:
+class EventStream(Response):
     """`EventStream(generation, frames, headers)`: return it from an endpoint like a response.
 
     Headers are held until the first token or the first keep-alive; until then an ApiError is raised to the
@@ -70,7 +71,9 @@ class EventStream:
     def __init__(self, generation: Generation, frames: Frames, headers: dict[str, str] | None = None) -> None:
         self._generation = generation
         self._frames = frames
-        self._headers = _raw(STREAM_HEADERS | (headers or {}))
+        self.status_code = 200
+        self.background = None
+        self.init_headers(STREAM_HEADERS | (headers or {}))
         self._started = False
         self._spoke = time.monotonic()
         self._turn = asyncio.Lock()  # tokens and keep-alives are written by two tasks
@@ -119,14 +122,14 @@ class EventStream:
                 async with asyncio.timeout(SLOW_READER_S):
                     if not self._started:
                         self._started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     await send({"type": "http.response.body", "body": data, "more_body": not last})
             except TimeoutError:
                 raise ClientLeft from None
             self._spoke = time.monotonic()
 
 
-class JsonAnswer:
+class JsonAnswer(Response):
     """`JsonAnswer(generation, body, headers)`: `body(choices)` makes the document once every choice has ended."""
 
     def __init__(
@@ -137,7 +140,9 @@ class JsonAnswer:
     ) -> None:
         self._generation = generation
         self._body = body
-        self._headers = {"content-type": "application/json"} | (headers or {})
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"content-type": "application/json"} | (headers or {}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers the request, unless the client leaves before. Raises: ApiError, nothing was sent then."""
@@ -145,8 +150,8 @@ class JsonAnswer:
         try:
             choices = await while_connected(collect(self._generation), receive)
             data = json_bytes(self._body(choices))
-            headers = _raw(self._headers | {"content-length": str(len(data))})
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            raw = [*self.raw_headers, (b"content-length", b"%d" % len(data))]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
             await send({"type": "http.response.body", "body": data, "more_body": False})
             outcome = None
         except ClientLeft:
@@ -176,7 +181,3 @@ async def while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
