@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ropeway.server.chat_template import missing_template
 from ropeway.server.errors import invalid
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.sampling_fields import check_ids
+from ropeway.server.sampling_fields import check_ids, names_header
 from ropeway.server.services import Services
 
 
@@ -65,10 +65,9 @@ def note_unknown(services: Services, body: BaseModel, response: Response) -> Non
     """Fields nobody knows: named in a header, or 400 with --strict."""
     unknown = sorted(body.model_extra or {})
     if unknown and services.settings.strict:
-        raise invalid(f"There is no field {unknown[0][:100]!r} here.", unknown[0][:100], "unknown_parameter")
-    names = [name for name in unknown if name.isidentifier() and name.isascii()]
-    if names:
-        response.headers["x-ignored-params"] = ", ".join(names)[:500]
+        raise invalid(f"{unknown[0]} is not a field of this endpoint.", unknown[0], "unknown_parameter")
+    if unknown:
+        response.headers["x-ignored-params"] = names_header(unknown)
 
 
 async def encode(services: Services, body: TokenizeBody) -> list[int]:
