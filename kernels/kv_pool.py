@@ -15,10 +15,10 @@ class KVPool:
     Args:
         num_blocks: blocks per layer, the reserved block 0 included.
         block_size: tokens per block.
-        fill: what unwritten slots hold; NaN shows a read of one.
+        fill: what unwritten slots hold, for tests: NaN shows a read of one. None = whatever was in memory.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, fill: float = 0.0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, fill: float | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._fill = fill
@@ -55,6 +55,8 @@ class KVPool:
                 pool.index_copy_(0, destination, pool.index_select(0, source))
 
     def _new(self, new: torch.Tensor) -> torch.Tensor:
-        shape = (self.num_blocks, self.block_size, *new.shape[1:])
-        # zeros, not full: untouched pages of a large pool then cost no memory on the CPU
-        return new.new_zeros(shape) if self._fill == 0 else new.new_full(shape, self._fill)
+        pool = new.new_empty(self.num_blocks, self.block_size, *new.shape[1:])
+        if self._fill is not None:
+            return pool.fill_(self._fill)
+        pool[0].zero_()  # and no more: pages of a large pool cost no memory on the CPU until they are written
+        return pool

@@ -1,0 +1,58 @@
+"""How many KV blocks there are. Arithmetic on bytes; asks the device only how much it has."""
+
+import psutil
+import torch
+
+from ropeway.kernels.errors import NotEnoughMemory
+
+CPU_SHARE = 0.25
+"""Of the machine's memory, for the KV cache, unless a size is given."""
+
+CPU_AVAILABLE_SHARE = 0.8
+"""Of the memory that is available now, at most."""
+
+
+def kv_budget(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that the KV cache may take; call it when weights are loaded and one forward has run.
+
+    On a GPU: total * gpu_memory_utilization - what is in use. On a CPU: a quarter of the machine's memory, and never
+    more than 80% of what is available.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total * gpu_memory_utilization) - (total - free)
+    memory = psutil.virtual_memory()
+    return int(min(CPU_SHARE * memory.total, CPU_AVAILABLE_SHARE * memory.available))
+
+
+def plan_blocks(budget: int, *, bytes_per_block: int, block_size: int, max_model_len: int, max_num_seqs: int) -> int:
+    """KV blocks in the pool, the reserved block 0 included: what `budget` bytes hold, and no more than can be used.
+
+    Raises:
+        NotEnoughMemory: not even one sequence of max_model_len tokens fits.
+    """
+    per_sequence = -(-max_model_len // block_size)
+    blocks = min(budget // bytes_per_block, 1 + max_num_seqs * per_sequence)
+    if blocks < 1 + per_sequence:
+        needed = (1 + per_sequence) * bytes_per_block
+        raise NotEnoughMemory(
+            f"One sequence of {max_model_len} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}: "
+            f"lower --max-model-len (to {max(0, budget // bytes_per_block - 1) * block_size} at most), "
+            "or raise --kv-cache-memory-bytes or, on a GPU, --gpu-memory-utilization."
+        )
+    return blocks
+
+
+def check_weights_fit(needed: int, device: torch.device) -> None:
+    """Raises NotEnoughMemory if `needed` bytes of weights are more than the device has free."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        where = "on the GPU" if device.type == "cuda" else "of memory"
+        raise NotEnoughMemory(
+            f"The weights need {_size(needed)} and {_size(free)} {where} are free: take a smaller --dtype, a smaller "
+            "model or a larger machine."
+        )
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
