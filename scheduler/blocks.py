@@ -104,7 +104,7 @@ class BlockPool:
     def _root(self, labels: Sequence[str]) -> bytes:
         digest = blake2b(digest_size=16, key=self._key, person=b"root")
         for label in labels:
-            text = label.encode("utf-8", "surrogatepass")
+            text = label.encode()
             digest.update(len(text).to_bytes(8, "little") + text)
         return digest.digest()
 

@@ -18,7 +18,7 @@ EMPTY = -7
 
 
 def next_token(context: list[int], num_output: int, params: SamplingParams) -> int:
-    """The model and the sampler: a hash of context, position, seed and "is it greedy"; stop tokens wait for min_tokens."""
+    """The model and the sampler: a hash of context, position and seed. Stop tokens are banned up to min_tokens."""
     seed = 0 if params.temperature == 0 else params.seed
     banned = params.stop_token_ids if num_output < params.min_tokens else ()
     for attempt in range(1000):
