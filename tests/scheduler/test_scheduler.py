@@ -1,68 +1,11 @@
 """What a plan holds and why, step by step. That tokens are right in every mixture is shown in test_engine."""
 
 import pytest
+from desk import OWNER, Desk, shape
 
-from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.step import UNREAD, StepOutput, TokenLogprobs
-from ropeway.scheduler.blocks import BlockPool
-from ropeway.scheduler.messages import AddRequest, ChoiceStart, RowOutput
-from ropeway.scheduler.plan import StepPlan
-from ropeway.scheduler.scheduler import Limits, RequestTooLong, Scheduler
-
-OWNER = 3
-
-
-class Desk:
-    """A scheduler with its budgets, and a model that samples whatever the test says."""
-
-    def __init__(
-        self,
-        rows: int = 4,
-        tokens: int = 16,
-        blocks: int = 50,
-        block_size: int = 4,
-        context: int = 100,
-        **options: object,
-    ) -> None:
-        self.pool = BlockPool(blocks + 1, block_size, caching=bool(options.pop("caching", True)))
-        self.scheduler = Scheduler(Limits(rows, tokens, context, **options), self.pool)
-
-    def add(self, request_id: int, prompt: int | list[int] = 3, max_tokens: int = 6, n: int = 1, **fields) -> None:
-        own = {name: fields.pop(name) for name in list(fields) if name in AddRequest.__struct_fields__}
-        own = {"arrival": float(request_id), "choices": [ChoiceStart(i) for i in range(n)], **own}
-        # Prompts of different requests differ from the first token on.
-        ids = prompt if isinstance(prompt, list) else [request_id * 1000 + i for i in range(prompt)]
-        self.scheduler.add(OWNER, AddRequest(1, request_id, ids, SamplingParams(**fields), max_tokens, **own))
-
-    def plan(self, now: float = 0.0) -> StepPlan:
-        plan = self.scheduler.plan(now)
-        assert plan is not None
-        return plan
-
-    def read(self, plan: StepPlan, token: int = 5, bad: int | None = None, **options: object) -> list[RowOutput]:
-        """Every row that samples gets `token`; request `bad` has logits that are no numbers."""
-        output = StepOutput(
-            token_ids=[token if part.sample else -1 for part in plan.step.rows],
-            finite=[row.request_id != bad for row in plan.rows],
-            **options,
-        )
-        self.scheduler.update(plan, output)
-        self.scheduler.check_integrity()
-        return self.scheduler.take_outputs().get(OWNER, [])
-
-    def step(self, token: int = 5) -> list[RowOutput]:
-        return self.read(self.plan(), token)
-
-    def reason(self, reason: str) -> int:
-        return self.scheduler.stats.reasons[reason]
-
-
-def shape(plan: StepPlan) -> list[tuple[int, int, int]]:
-    """(request id, start, tokens) of each row."""
-    return [
-        (row.request_id, part.start, len(part.token_ids)) for row, part in zip(plan.rows, plan.step.rows, strict=True)
-    ]
-
+from ropeway.kernels.step import TokenLogprobs
+from ropeway.scheduler.messages import ChoiceStart
+from ropeway.scheduler.scheduler import RequestTooLong
 
 # ---- the rule and the budgets ----
 
@@ -74,10 +17,12 @@ def test_rows_that_decode_come_first_and_chunks_share_what_is_left() -> None:
     desk.step()
     desk.add(2, prompt=10)
     desk.add(3, prompt=4)
-    assert shape(plan := desk.plan()) == [(1, 3, 1), (2, 0, 7)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 3, 1), (2, 0, 7)]
     assert [part.sample for part in plan.step.rows] == [True, False]
     desk.read(plan)
-    assert shape(plan := desk.plan()) == [(1, 4, 1), (2, 7, 3), (3, 0, 4)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 4, 1), (2, 7, 3), (3, 0, 4)]
     assert [part.sample for part in plan.step.rows] == [True, True, True]
     assert desk.reason("token budget") == 1
 
@@ -87,7 +32,8 @@ def test_a_last_token_of_a_chunk_is_not_left_out() -> None:
     desk = Desk(tokens=4)
     desk.add(1, prompt=5)
     assert desk.step() == []
-    assert shape(plan := desk.plan()) == [(1, 4, 1)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 4, 1)]
     assert desk.read(plan)[0].token_ids == [5]
 
 
@@ -128,110 +74,6 @@ def test_priority_is_served_first() -> None:
 def test_a_plan_without_rows_is_none() -> None:
     """Guards empty launches."""
     assert Desk().scheduler.plan(0.0) is None
-
-
-# ---- joining ----
-
-
-def test_a_joining_row_fills_its_state_slot() -> None:
-    """Guards penalties and noise: the sampler knows only what the join tells it."""
-    desk = Desk()
-    desk.add(1, prompt=[1, 2], seed=40, choices=[ChoiceStart(2, [8, 9])])
-    (join,) = desk.plan().step.joins
-    assert (join.prompt_ids, join.output_ids, join.params.seed) == ([1, 2], [8, 9], 42)
-
-
-def test_a_row_joins_once() -> None:
-    """Guards the sampling state against being reset in every step."""
-    desk = Desk(tokens=2)
-    desk.add(1, prompt=3)
-    plan = desk.plan()
-    slot = plan.step.joins[0].state_slot
-    desk.read(plan)
-    for _ in range(3):
-        plan = desk.plan()
-        assert plan.step.joins == []
-        assert plan.step.rows[0].state_slot == slot
-        desk.read(plan)
-
-
-# ---- the lag ----
-
-
-def test_an_unread_token_is_a_placeholder() -> None:
-    """Guards lag 1: the next step takes the id from the previous step's row, on the device."""
-    desk = Desk()
-    desk.add(1)
-    desk.add(2)
-    first = desk.plan()
-    second = desk.plan()
-    assert [part.token_ids for part in second.step.rows] == [[UNREAD], [UNREAD]]
-    assert [part.prev_row for part in second.step.rows] == [0, 1]
-    assert [part.start for part in second.step.rows] == [3, 3]
-    assert [output.token_ids for output in desk.read(first, 5)] == [[5], [5]]
-    third = desk.plan()
-    assert [part.start for part in third.step.rows] == [4, 4]
-    assert [output.token_ids for output in desk.read(second, 6)] == [[6], [6]]
-
-
-def test_prev_row_is_the_place_in_the_previous_step() -> None:
-    """Guards rows that move: a row before it leaves, so its place changes."""
-    desk = Desk()
-    desk.add(1)
-    desk.add(2)
-    first = desk.plan()
-    desk.scheduler.abort(OWNER, 1)
-    second = desk.plan()
-    assert [part.prev_row for part in second.step.rows] == [1]
-    desk.read(first)
-    assert [part.prev_row for part in desk.plan().step.rows] == [0]
-
-
-def test_a_row_is_not_planned_when_its_unread_token_is_its_last() -> None:
-    """Guards work and blocks beyond max_tokens, and positions beyond the context."""
-    for options, max_tokens in (({}, 1), ({"context": 4}, 50)):
-        desk = Desk(**options)
-        desk.add(1, prompt=3, max_tokens=max_tokens)
-        first = desk.plan()
-        assert desk.scheduler.plan(0.0) is None
-        assert desk.reason("token unread") == 1
-        assert desk.read(first)[0].finish_reason == "length"
-
-
-def test_rows_of_the_host_wait_for_their_token() -> None:
-    """Guards grammars and host processors: `max_in_flight` 0 waits, neighbours do not."""
-    desk = Desk()
-    desk.add(1)
-    desk.add(2)
-    first = desk.plan()
-    desk.scheduler.running[0].max_in_flight = 0
-    second = desk.plan()
-    assert [row[0] for row in shape(second)] == [2]
-    desk.read(first)
-    assert shape(desk.plan()) == [(1, 3, 1), (2, 4, 1)]
-
-
-def test_a_token_after_the_end_counts_for_nothing() -> None:
-    """Guards usage and the stream: with lag 1 one token too many is computed after EOS."""
-    desk = Desk()
-    desk.add(1, stop_token_ids=(7,))
-    first, second = desk.plan(), desk.plan()
-    (output,) = desk.read(first, 7)
-    assert (output.token_ids, output.finish_reason, output.stop_token_id) == ([7], "stop", 7)
-    assert desk.read(second, 8) == []
-    assert desk.scheduler.stats.generation_tokens == 1
-    assert desk.scheduler.num_unfinished == 0
-
-
-def test_what_was_computed_after_the_end_is_never_found() -> None:
-    """Guards the prefix cache: the block that EOS fills is computed by a step that nobody reads for the row."""
-    desk = Desk(block_size=4)
-    desk.add(1, prompt=[1, 2, 3], stop_token_ids=(7,))
-    first, second = desk.plan(), desk.plan()
-    desk.read(first, 7)
-    desk.read(second, 8)
-    desk.add(2, prompt=[1, 2, 3, 7, 9])
-    assert shape(desk.plan()) == [(2, 0, 5)]
 
 
 # ---- the prefix cache ----
@@ -331,11 +173,13 @@ def test_a_row_takes_nothing_from_rows_before_it() -> None:
     desk.add(2, prompt=7)
     desk.step()
     desk.step()  # 1 takes the last block
-    assert shape(plan := desk.plan()) == [(1, 5, 1)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 5, 1)]
     assert (desk.reason("no free blocks"), desk.scheduler.stats.preemptions) == (1, 0)
     desk.read(plan)
     desk.scheduler.abort(OWNER, 1)
-    assert shape(plan := desk.plan()) == [(2, 8, 1)]
+    plan = desk.plan()
+    assert shape(plan) == [(2, 8, 1)]
     assert plan.step.joins == []
 
 
@@ -410,10 +254,12 @@ def test_other_choices_wait_for_their_leader_and_fork() -> None:
     desk = Desk(block_size=4, tokens=6)
     desk.add(1, prompt=11, n=3)
     desk.add(2, prompt=2)
-    assert shape(plan := desk.plan()) == [(1, 0, 6)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 0, 6)]
     desk.read(plan)
     assert desk.reason("leader prefilling") == 0  # the token budget came first
-    assert shape(plan := desk.plan()) == [(1, 6, 5), (2, 0, 1)]  # 2 is not held up by them
+    plan = desk.plan()
+    assert shape(plan) == [(1, 6, 5), (2, 0, 1)]  # 2 is not held up by them
     assert desk.reason("leader prefilling") == 2
     leader = desk.scheduler.running[0].block_table.copy()
     desk.read(plan)
@@ -443,7 +289,8 @@ def test_no_fork_copies_what_this_very_step_computes() -> None:
     """Guards the order inside a step: copies come before the forward, so the leader must have been launched."""
     desk = Desk()
     desk.add(1, prompt=3, n=2)
-    assert shape(plan := desk.plan()) == [(1, 0, 3)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 0, 3)]
     assert plan.step.copies == []
     assert len(desk.plan().step.copies) == 1  # launched is enough, it need not be read
 
@@ -456,7 +303,8 @@ def test_when_the_leader_is_gone_the_next_choice_takes_its_place(caching: bool) 
     plan = desk.plan()
     desk.scheduler.abort(OWNER, 1, choice=0)
     desk.read(plan)
-    assert shape(plan := desk.plan()) == [(1, 0, 4)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 0, 4)]
     assert [row.choice for row in plan.rows] == [1]
     desk.read(plan)
     desk.step()
@@ -551,7 +399,8 @@ def test_a_resumed_row_sends_only_what_is_new() -> None:
     """Guards streams over a crash: no token twice, max_tokens counts all of them."""
     desk = Desk()
     desk.add(1, prompt=3, max_tokens=4, choices=[ChoiceStart(0, [5, 6])])
-    assert shape(plan := desk.plan()) == [(1, 0, 5)]
+    plan = desk.plan()
+    assert shape(plan) == [(1, 0, 5)]
     (output,) = desk.read(plan, 7)
     assert (output.token_ids, output.cached_tokens) == ([7], 0)
     (output,) = desk.step(8)
