@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ropeway.kernels.errors import LoadError
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine import Engine, Runner
@@ -26,10 +27,6 @@ Progress = Callable[[Phase, str, float], None]
 """progress(phase, stage for people, share of the whole start done)."""
 
 
-class LoadError(Exception):
-    """The model cannot be served; the message is one sentence that says what to do."""
-
-
 @dataclass(slots=True, frozen=True)
 class Loaded:
     """A model that is ready to step."""
@@ -40,7 +37,7 @@ class Loaded:
 
 
 Load = Callable[[EngineConfig, str, Progress], Loaded]
-"""load(config, text_dir, progress): text_dir is a folder to be made. Raises LoadError."""
+"""load(config, text_dir, progress): text_dir is a folder to be made. Raises kernels' LoadError."""
 
 
 def main(context: EngineContext) -> None:

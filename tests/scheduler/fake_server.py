@@ -22,12 +22,13 @@ from typing import Any
 
 from fake_runner import VOCAB, FakeFlight, FakeRunner
 
+from ropeway.kernels.errors import LoadError
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import StepInput
 from ropeway.scheduler import engine_process
 from ropeway.scheduler.client import EngineClient, EngineError
 from ropeway.scheduler.config import EngineConfig
-from ropeway.scheduler.engine_process import Loaded, LoadError, Progress
+from ropeway.scheduler.engine_process import Loaded, Progress
 from ropeway.scheduler.messages import ModelInfo
 from ropeway.scheduler.processes import EngineContext, WorkerContext
 from ropeway.scheduler.supervisor import StartError, Supervisor

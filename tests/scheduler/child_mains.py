@@ -1,0 +1,37 @@
+"""Main functions of spawned test children: they must live in a module that a child can import by name."""
+
+import os
+import signal
+import time
+from multiprocessing.connection import Connection
+
+from ropeway.scheduler.messages import Stop, WorkerGone, WorkerStarted
+from ropeway.scheduler.processes import Control, receive_control, send_control
+
+
+def echo(control: Connection) -> None:
+    """Says its pid, then repeats what it hears until Stop."""
+    send_control(control, WorkerStarted(os.getpid()))
+    while not isinstance(message := wait_control(control), Stop):
+        send_control(control, message)
+
+
+def ignored_signals(control: Connection) -> None:
+    """Tells how many of SIGINT and SIGTERM it ignores."""
+    ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+    send_control(control, WorkerGone(sum(ignored)))
+
+
+def sleeper(control: Connection) -> None:
+    """Hears nothing."""
+    send_control(control, WorkerStarted(os.getpid()))
+    while True:
+        time.sleep(60)
+
+
+def wait_control(control: Connection) -> Control:
+    """The next message."""
+    assert control.poll(60)
+    message = receive_control(control)
+    assert message is not None
+    return message
