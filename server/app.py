@@ -35,7 +35,6 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
     app = FastAPI(
         title="Ropeway",
         version=__version__,
-        root_path=settings.root_path,
         redirect_slashes=False,
         exception_handlers={
             ApiError: on_api_error,
@@ -56,7 +55,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-ignored-params", "x-ropeway-hint"],
         )
-    app.add_middleware(Envelope, metrics=services.metrics)
+    app.add_middleware(Envelope, metrics=services.metrics, root_path=settings.root_path)
     return app
 
 

@@ -135,7 +135,7 @@ class ChatTemplate:
         found = 0
         for message in messages:
             if message["role"] in UNTRUSTED_ROLES:
-                message["content"], count = self._special.subn(rf"\1{cut}", message["content"])
+                message["content"], count = self._special.subn(rf"\g<1>{cut}", message["content"])
                 found += count
         return found > 0
 

@@ -42,17 +42,23 @@ def route_template(scope: Scope) -> str:
 
 
 class Envelope:
-    """Outermost: gives the request its id, logs and counts it, and turns what nobody caught into a 500."""
+    """Outermost: gives the request its id, logs and counts it, and turns what nobody caught into a 500.
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+    Args:
+        root_path: prefix under which a proxy shows the server, "" for none.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics, root_path: str = "") -> None:
         self._app = app
         self._metrics = metrics
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the request; `state` gets `request_id` and `arrival` (monotonic seconds)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._set_root_path(scope)
         request_id = self._request_id(scope)
         arrival = time.monotonic()
         scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival)
@@ -79,6 +85,13 @@ class Envelope:
                 await error_response(error)(scope, receive, send_with_id)
         finally:
             self._note(scope, status or CLIENT_LEFT, time.monotonic() - arrival)
+
+    def _set_root_path(self, scope: Scope) -> None:
+        """As ASGI wants it: the path begins with the prefix, whether the proxy kept it or took it off."""
+        if self._root_path:
+            scope["root_path"] = self._root_path
+            if not scope["path"].startswith(f"{self._root_path}/"):
+                scope["path"] = self._root_path + scope["path"]
 
     @staticmethod
     def _request_id(scope: Scope) -> str:

@@ -28,7 +28,7 @@ def create_router(services: Services) -> APIRouter:
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> dict[str, Any]:
-        services.check_model(model_id)
+        services.check_model(model_id or "/")
         return describe(model_id)
 
     @router.get("/version")

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, with vLLM's bodies. Knows the tokenizer; the engine is not asked."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Response
@@ -80,7 +81,8 @@ async def encode(services: Services, body: TokenizeBody) -> list[int]:
         return await tokenizer.encode([body.prompt], add_special_tokens=special)
     if tokenizer.chat_template is None:
         raise missing_template()
-    pieces = tokenizer.chat_template.render(
+    pieces = await asyncio.to_thread(
+        tokenizer.chat_template.render,
         body.messages or [],
         tools=body.tools or None,
         add_generation_prompt=body.add_generation_prompt is not False,
