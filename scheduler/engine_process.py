@@ -20,6 +20,8 @@ from ropeway.scheduler.processes import EngineContext, send_control
 from ropeway.scheduler.scheduler import Limits, Scheduler
 
 HEARTBEAT_SECONDS = 0.25
+GPU_STEP_TIMEOUT, CPU_STEP_TIMEOUT = 60.0, 600.0
+"""Seconds, see `EngineConfig.step_timeout`."""
 MAX_MESSAGE = 2000
 """Characters of a load failure's message."""
 
@@ -46,8 +48,50 @@ def main(context: EngineContext) -> None:
 
 
 def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loaded:
-    """Model, memory plan and warm-up from `kernels`, text files for the API workers."""
-    raise NotImplementedError
+    """Model, memory plan and warm-up from `kernels`, text files for the API workers. Raises LoadError."""
+    progress("loading", "starting torch and transformers", 0.0)
+    from ropeway.kernels.runner import build_runner
+    from ropeway.scheduler.text_export import export_text
+
+    runner, info = build_runner(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype,
+        device=config.device,
+        layout=config.batch_layout,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        threads=config.threads,
+        progress=lambda stage, done: progress("loading", stage, 0.05 + 0.9 * done),
+    )
+    progress("loading", "writing the tokenizer", 0.95)
+    export_text(config, text_dir)
+    on_gpu = info.device.startswith("cuda")
+    model_info = ModelInfo(
+        model=config.model,
+        architecture=info.architecture,
+        num_parameters=info.num_parameters,
+        dtype=info.dtype,
+        device=info.device,
+        layout=info.layout,
+        layout_reason=info.layout_reason,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        kv_cache_bytes=info.kv_cache_bytes,
+        weight_bytes=info.weight_bytes,
+        text_dir=text_dir,
+        step_timeout=config.step_timeout or (GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT),
+    )
+    lag = config.lag if config.lag is not None else (1 if on_gpu else 0)
+    return Loaded(runner, model_info, lag)
 
 
 def serve(context: EngineContext, load: Load) -> None:

@@ -190,7 +190,7 @@ async def test_the_last_open_choice_aborted_ends_the_request(world: World, clien
 
 
 async def test_streams_go_on_with_the_next_engine(world: World, client: EngineClient) -> None:
-    """Guards resumed streams: what was emitted, what still lay in the socket, finished and aborted choices, the usage."""
+    """Guards resumed streams: what was emitted, what lay in the socket, finished and aborted choices, usage."""
     first = await world.start_engine()
     await client.wait_ready()
     stream = client.submit([1, 2], GREEDY, 9, 3)
