@@ -1,0 +1,187 @@
+"""Attention of ragged query rows over the paged KV pool, in Triton. `attention.py` is its reference on the CPU.
+
+Knows rows, blocks and masks; no model, no host copy of a length: context lengths, row starts and block tables are read
+on the device, and the grid depends only on N, B and the bounds in `RaggedRows`. So a launch never waits and can be
+captured in a CUDA graph.
+
+One program takes a tile of BLOCK_Q consecutive tokens of one row times the GROUP query heads that share a KV head
+(BLOCK_M of these pairs, padded), and walks over that row's keys in tiles of BLOCK_N with an online softmax
+(FlashAttention-2, arXiv:2307.08691). Rows come in two classes, each with a launch of its own:
+
+    short   query_len <= 16 / GROUP (at least 1): decode and speculative rows, one tile each
+    long    the others: prefill chunks, cut into tiles from their first token
+
+Where the tiles are too few to fill the device, the keys of a tile are split among several programs (flash-decoding);
+a second kernel merges their partial results in the order of the splits.
+
+What a token's result depends on: key tiles begin at absolute multiples of BLOCK_N in its sequence, and the tile sizes
+follow from head sizes and dtype alone. The class follows from the row's own query_len. Only the number of splits
+follows from the batch (B, N and the width of the block table); splits are whole key tiles. With one fixed number of
+key tiles per split, counted from position 0, decode rows would not depend on their neighbours' number either.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.triton_attention_kernels import attend, merge
+from ropeway.kernels.triton_jit import ceil_div, next_power_of_2
+
+WANTED_PROGRAMS = 512
+"""Keys are split until about so many programs run: some for each of a large GPU's 132 multiprocessors."""
+
+MAX_SPLITS = 64
+"""Splits of one tile's keys; the merging kernel holds this many partial results at once."""
+
+
+@dataclass(slots=True, frozen=True)
+class RaggedRows:
+    """What the kernels read of a batch, and what the host must know of it to choose a grid."""
+
+    block_table: torch.Tensor
+    """[B,P] int32; 0, the block nobody owns, past the end and where a block was freed."""
+    context_len: torch.Tensor
+    """[B] int32; 0 for a row that is only padding: its tokens get zeros."""
+    row_start: torch.Tensor
+    """[B+1] int32; every one of the N tokens belongs to a row."""
+    shortest: int
+    """No row has fewer tokens than this."""
+    longest: int
+    """No row has more tokens than this."""
+
+    @classmethod
+    def of(cls, batch: LeftPaddedBatch) -> "RaggedRows":
+        return cls(batch.block_table, batch.context_len, batch.row_start, min(batch.query_lens), batch.T)
+
+
+@dataclass(slots=True, frozen=True)
+class Tiling:
+    """How a launch is cut: sizes of its tiles and what Triton makes of them."""
+
+    block_m: int
+    """Pairs of token and query head per tile."""
+    block_n: int
+    """Keys per tile."""
+    warps: int
+    stages: int
+    """Depth of the software pipeline of loads."""
+
+
+def short_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
+    """Tiles of decode rows: `group` query heads per KV head, head sizes of K and V, bytes per number."""
+    return Tiling(max(16, next_power_of_2(group)), _block_n(head, head_v, itemsize), warps=4, stages=3)
+
+
+def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
+    """Tiles of prefill chunks, arguments as for `short_tiling`."""
+    small = itemsize < 4 and max(head, head_v) <= 128
+    block_m = max(128 if small else 32, next_power_of_2(group))
+    return Tiling(block_m, min(64, _block_n(head, head_v, itemsize)), warps=8 if small else 4, stages=3 if small else 2)
+
+
+def _block_n(head: int, head_v: int, itemsize: int) -> int:
+    """Keys whose K and V take about 32 KiB, so that a pipeline of three such stages fits into shared memory."""
+    return max(16, min(128, 32768 // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)))
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    rows: RaggedRows,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of every token over its own row's context, which the pools already hold.
+
+    Args:
+        q: [N,Hq,D], the last dimension dense; fp32, bf16 or fp16 like the pools.
+        k_pool: [num_blocks,block_size,Hkv,D], contiguous; query head h reads KV head h // (Hq / Hkv).
+        v_pool: [num_blocks,block_size,Hkv,Dv], contiguous.
+        rows: of the batch with these N tokens.
+        scale: factor of q.k.
+        sliding_window: a key is visible iff query position - key position < sliding_window.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
+        sinks: [Hq], per head one logit more in the softmax, which has no value (gpt-oss, arXiv:2309.17453).
+
+    Returns:
+        [N,Hq,Dv] in q's dtype; products of fp32 are not rounded to tf32, the softmax is fp32. Whatever the pools hold
+        at keys that no token of a tile sees is not read; a row without context gets zeros.
+    """
+    assert k_pool.is_contiguous() and v_pool.is_contiguous() and q.stride(2) == 1
+    assert q.dtype == k_pool.dtype == v_pool.dtype
+    call = _Call(q, k_pool, v_pool, rows, scale, sliding_window, softcap, sinks)
+    out = q.new_empty(*q.shape[:2], v_pool.shape[3])
+    group = q.shape[1] // k_pool.shape[2]
+    sizes = group, q.shape[2], v_pool.shape[3], q.element_size()
+    tiling = short_tiling(*sizes)
+    short_query = max(1, 16 // group)
+    if rows.shortest <= short_query:
+        call.launch(out, tiling, rows.context_len.shape[0], short_query, short=True)
+    if rows.longest > short_query:
+        tiling = long_tiling(*sizes)
+        tiles = q.shape[0] // (tiling.block_m // group) + rows.context_len.shape[0]
+        call.launch(out, tiling, tiles, short_query, short=False)
+    return out
+
+
+@dataclass(slots=True, frozen=True)
+class _Call:
+    """The arguments of `paged_attention`, shared by its launches."""
+
+    q: torch.Tensor
+    k_pool: torch.Tensor
+    v_pool: torch.Tensor
+    rows: RaggedRows
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def launch(self, out: torch.Tensor, tiling: Tiling, tiles: int, short_query: int, *, short: bool) -> None:
+        """Attend for the rows of one class, writing their tokens of `out` [N,Hq,Dv]."""
+        q, rows, head_v = self.q, self.rows, out.shape[2]
+        block_size, kv_heads, head = self.k_pool.shape[1:]
+        programs = tiles * kv_heads
+        splits = _splits(programs, rows.block_table.shape[1] * block_size, tiling.block_n)
+        partial = out if splits == 1 else q.new_empty(programs, splits, tiling.block_m, head_v, dtype=torch.float32)
+        stats = out if splits == 1 else q.new_empty(programs, splits, 2, tiling.block_m, dtype=torch.float32)
+        sizes = {
+            "KV_HEADS": kv_heads,
+            "GROUP": q.shape[1] // kv_heads,
+            "HEAD_V": head_v,
+            "BLOCK_DV": max(16, next_power_of_2(head_v)),
+            "BLOCK_M": tiling.block_m,
+            "SHORT": short,
+            "SHORT_QUERY": short_query,
+            "SINKS": self.sinks is not None,
+        }
+        sinks = out if self.sinks is None else self.sinks
+        where = (rows.row_start, rows.context_len, rows.context_len.shape[0])
+        attend[(programs * splits,)](
+            *(q, self.k_pool, self.v_pool, out, partial, stats, sinks, *where),
+            *(rows.block_table, rows.block_table.stride(0), q.stride(0), q.stride(1), splits),
+            *(self.scale, self.softcap or 0.0, self.sliding_window or 0),
+            **sizes,
+            HEAD=head,
+            BLOCK_D=max(16, next_power_of_2(head)),
+            BLOCK_SIZE=block_size,
+            BLOCK_N=tiling.block_n,
+            SPLIT=splits > 1,
+            SOFTCAP=self.softcap is not None,
+            WINDOW=self.sliding_window is not None,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+        if splits > 1:
+            merge[(programs, tiling.block_m)](out, partial, stats, sinks, *where, **sizes, SPLITS=splits, num_warps=2)
+
+
+def _splits(programs: int, longest_context: int, block_n: int) -> int:
+    """How many programs share the keys of one tile; a power of two, since each number is compiled."""
+    most = min(WANTED_PROGRAMS // programs, ceil_div(longest_context, block_n), MAX_SPLITS)
+    return 1 << (max(1, most).bit_length() - 1)

@@ -1,0 +1,110 @@
+"""Writing and copying KV blocks on the GPU, in Triton: what `KVPool.write` and `KVPool.copy_blocks` do in torch.
+
+Knows slots and blocks, not rows. One launch writes K and V of a layer; two launches copy blocks in all layers.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+COPY_WORDS = 1024
+"""8-byte words of a block that one program copies."""
+
+
+def write_kv(k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store new tokens: pools [num_blocks,block_size,Hkv,D] and [..,Dv], contiguous; slots [N] int64; k [N,Hkv,D] and
+    v [N,Hkv,Dv] of the pools' dtype, the last dimension dense. Tokens of one slot (padding) write in any order."""
+    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k.stride(2) == v.stride(2) == 1
+    assert k.dtype == k_pool.dtype and v.dtype == v_pool.dtype
+    heads, head, head_v = *k.shape[1:], v.shape[2]
+    _write[(slots.shape[0],)](
+        *(k_pool, v_pool, slots, k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        HEADS=heads,
+        HEAD=head,
+        HEAD_V=head_v,
+        BLOCK_H=next_power_of_2(heads),
+        BLOCK_D=next_power_of_2(max(head, head_v)),
+        num_warps=2,
+    )
+
+
+class BlockCopier:
+    """Copies blocks within every pool of a cache.
+
+    Args:
+        pools: [num_blocks,...] contiguous, on one device, alike in shape and dtype; a block is a multiple of 8 bytes.
+    """
+
+    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
+        first = pools[0]
+        assert all(pool.is_contiguous() and pool.shape == first.shape and pool.dtype == first.dtype for pool in pools)
+        self._pools = list(pools)  # keeps them where `_addresses` says they are
+        self._words = first[0].nbytes // 8
+        assert self._words * 8 == first[0].nbytes
+        self._addresses = torch.tensor([pool.data_ptr() for pool in pools], device=first.device)
+
+    def __call__(self, pairs: torch.Tensor) -> None:
+        """pairs [C,2] int32 (source, destination); all sources are read before any destination is written."""
+        if pairs.shape[0] == 0:
+            return
+        grid = (ceil_div(self._words, COPY_WORDS), len(self._pools), pairs.shape[0])
+        staged = torch.empty(*grid[1:], self._words, dtype=torch.int64, device=pairs.device)
+        for gather in (True, False):
+            _copy[grid](self._addresses, staged, pairs, WORDS=self._words, BLOCK=COPY_WORDS, GATHER=gather)
+
+
+@jit()
+def _write(
+    k_pool,
+    v_pool,
+    slots,
+    k,
+    v,
+    k_stride_token,
+    k_stride_head,
+    v_stride_token,
+    v_stride_head,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token's K and V, all heads."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    head = tl.arange(0, BLOCK_H)[:, None]
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    mask = (head < HEADS) & (dim < HEAD)
+    new = tl.load(k + token * k_stride_token + head * k_stride_head + dim, mask=mask)
+    tl.store(k_pool + (slot * HEADS + head) * HEAD + dim, new, mask=mask)
+    mask = (head < HEADS) & (dim < HEAD_V)
+    new = tl.load(v + token * v_stride_token + head * v_stride_head + dim, mask=mask)
+    tl.store(v_pool + (slot * HEADS + head) * HEAD_V + dim, new, mask=mask)
+
+
+@jit()
+def _copy(addresses, staged, pairs, WORDS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr):
+    """A piece of one pair's block in one pool: from the source to `staged` if GATHER, else from there on."""
+    pool = tl.program_id(1)
+    pair = tl.program_id(2)
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = word < WORDS
+    base = tl.load(addresses + pool).to(tl.pointer_type(tl.int64))
+    here = staged + (pool * tl.num_programs(2) + pair).to(tl.int64) * WORDS + word
+    if GATHER:
+        there = base + tl.load(pairs + pair * 2).to(tl.int64) * WORDS + word
+        tl.store(here, tl.load(there, mask=inside), mask=inside)
+    else:
+        there = base + tl.load(pairs + pair * 2 + 1).to(tl.int64) * WORDS + word
+        tl.store(there, tl.load(here, mask=inside), mask=inside)

@@ -1,0 +1,38 @@
+"""Triton where there is one: without it the kernels' modules import all the same, and a launch says what is missing.
+
+`TRITON_INTERPRET=1`, set before the first import, runs every kernel on the CPU in Triton's interpreter.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+
+class _Missing:
+    """Stands for a kernel on machines without Triton."""
+
+    def __getitem__(self, grid: object) -> NoReturn:
+        raise RuntimeError("The GPU kernels need Triton, which is not installed; it comes with PyTorch's CUDA builds.")
+
+
+def jit(run_time: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """`triton.jit`; `run_time` names integers whose value must not lead to another compilation."""
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        return _Missing() if triton is None else triton.jit(function, do_not_specialize=list(run_time))
+
+    return wrap
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The least integer that is not below a / b."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

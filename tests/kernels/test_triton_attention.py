@@ -1,0 +1,116 @@
+"""The Triton attention against `attention.py` in float64, with small tiles so that every loop turns more than once."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from ragged import Ragged, make_ragged, relative_error
+
+pytest.importorskip("triton")
+
+from ropeway.kernels import triton_attention
+from ropeway.kernels.triton_attention import RaggedRows, Tiling, paged_attention
+from ropeway.kernels.triton_jit import next_power_of_2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXED = [(40, 1), (53, 21), (5, 5), (1, 1), (35, 2), (17, 1)]
+"""Decode rows, a later chunk, a whole prompt, a first token, a speculative row."""
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 keys and 16 pairs of token and head."""
+    for name in ("short_tiling", "long_tiling"):
+        monkeypatch.setattr(triton_attention, name, lambda group, *_: Tiling(max(16, next_power_of_2(group)), 16, 4, 2))
+    monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", 1)
+
+
+def attend(case: Ragged, **options: Any) -> torch.Tensor:
+    return paged_attention(case.q, case.k_pool, case.v_pool, RaggedRows.of(case.batch), **options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_sizes", "block_size"),
+    [
+        ((4, 4), (16, 16), 16),
+        ((4, 2), (24, 40), 16),
+        ((7, 1), (16, 16), 8),
+        ((3, 3), (8, 8), 32),
+        ((20, 1), (16, 8), 5),
+    ],
+)
+def test_ragged_rows(heads: tuple[int, int], head_sizes: tuple[int, int], block_size: int) -> None:
+    """Guards groups and head sizes that are no powers of two, K and V that differ, and any block size."""
+    case = make_ragged(MIXED, heads=heads, head_sizes=head_sizes, block_size=block_size, seed=1, device=DEVICE)
+    assert relative_error(attend(case, scale=0.3), case.reference(scale=0.3)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 7},
+        {"sliding_window": 24, "softcap": 2.0},
+        {"softcap": 5.0},
+        {"sinks": torch.tensor([-1.0, 2.0, 0.5, 30.0])},
+    ],
+    ids=["window", "window+softcap", "softcap", "sinks"],
+)
+@pytest.mark.parametrize("wanted_programs", [1, 48], ids=["whole", "split"])
+def test_variants(options: dict[str, Any], wanted_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards each score's way through both results: written by one program, or merged from several."""
+    monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", wanted_programs)
+    options = {name: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    window = options.get("sliding_window")
+    case = make_ragged(MIXED, heads=(4, 2), head_sizes=(16, 16), seed=2, device=DEVICE, freed_before=window)
+    assert relative_error(attend(case, scale=0.5, **options), case.reference(scale=0.5, **options)) < 1e-5
+
+
+@pytest.mark.parametrize("wanted_programs", [1, 48], ids=["whole", "split"])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4)], ids=["", "sinks"])
+def test_rows_of_padding_give_zeros(
+    wanted_programs: int, sinks: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards buckets: rows without context, short and long, must neither read the pool nor make a NaN."""
+    monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", wanted_programs)
+    case = make_ragged([(40, 1), (1, 1), (20, 20)], heads=(4, 2), head_sizes=(16, 16), seed=3, device=DEVICE)
+    rows = RaggedRows.of(case.batch)
+    rows = replace(rows, context_len=rows.context_len * torch.tensor([1, 0, 0], device=DEVICE, dtype=torch.int32))
+    rows = replace(rows, block_table=rows.block_table * rows.context_len.clamp(max=1)[:, None])
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    out = paged_attention(case.q, case.k_pool, case.v_pool, rows, scale=1.0, sinks=sinks)
+    assert not out[1:].any()
+    assert relative_error(out[:1], case.reference(scale=1.0, sinks=sinks)[:1]) < 1e-5
+
+
+def test_queries_need_not_be_contiguous() -> None:
+    """Guards views: transformers hands over [1,Hq,N,D], transposed."""
+    case = make_ragged(MIXED, heads=(4, 2), head_sizes=(16, 16), seed=4, device=DEVICE)
+    case.q = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert relative_error(attend(case, scale=0.3), case.reference(scale=0.3)) < 1e-5
+
+
+def test_bounds_may_be_loose() -> None:
+    """Guards captured graphs: the bounds on query lengths are the bucket's, not the batch's."""
+    case = make_ragged([(40, 1), (33, 1)], heads=(4, 2), head_sizes=(16, 16), seed=5, device=DEVICE)
+    rows = replace(RaggedRows.of(case.batch), shortest=0, longest=512)
+    out = paged_attention(case.q, case.k_pool, case.v_pool, rows, scale=0.3)
+    assert torch.equal(out, attend(case, scale=0.3))
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    """Guards masks and tile numbers: with one split, a row alone gives the same bits."""
+    case = make_ragged(MIXED, heads=(4, 2), head_sizes=(16, 16), seed=6, device=DEVICE)
+    together = attend(case, scale=0.3)
+    for row, tokens in enumerate(together.split(case.batch.query_lens)):
+        alone = case.batch.select([row])
+        q = case.q.split(case.batch.query_lens)[row]
+        assert torch.equal(paged_attention(q, case.k_pool, case.v_pool, RaggedRows.of(alone), scale=0.3), tokens)
+
+
+def test_a_rows_own_nan_is_not_hidden() -> None:
+    """Guards the error path: a row whose own K went wrong must not turn into zeros, and its neighbours not into NaN."""
+    case = make_ragged([(20, 1), (20, 1)], heads=(4, 2), head_sizes=(16, 16), seed=7, device=DEVICE)
+    case.k_pool[case.batch.block_table[0, 0], 3] = torch.nan
+    out = attend(case, scale=0.3)
+    assert out[0].isnan().all() and out[1].isfinite().all()

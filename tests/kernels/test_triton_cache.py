@@ -1,0 +1,41 @@
+"""Writing and copying KV blocks in Triton, against `KVPool`."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ropeway.kernels.kv_pool import KVPool
+from ropeway.kernels.triton_cache import BlockCopier, write_kv
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("heads", "head", "head_v"), [(2, 16, 16), (3, 24, 16), (1, 5, 8)])
+def test_write(heads: int, head: int, head_v: int) -> None:
+    """Guards heads and sizes that are no powers of two, transposed K and V, and the slots nobody writes."""
+    generator = torch.Generator().manual_seed(1)
+    k = torch.randn(heads, 7, head, generator=generator).transpose(0, 1)
+    v = torch.randn(7, heads, head_v, generator=generator)
+    slots = torch.randperm(36, generator=generator)[:7]
+    pool = KVPool(9, 4, fill=0.0)
+    pool.write(0, slots, k, v)
+    expected = pool.layer(0)
+    pools = [torch.zeros_like(part, device=DEVICE) for part in expected]
+    write_kv(*pools, slots.to(DEVICE), k.to(DEVICE), v.to(DEVICE))
+    assert all(torch.equal(part.cpu(), right) for part, right in zip(pools, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_blocks(dtype: torch.dtype) -> None:
+    """Guards the order: a block that is source and destination of one call is read before it is written."""
+    before = torch.randn(3, 9, 16, 5, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    pools = list(before.clone().unbind())
+    BlockCopier(pools)(torch.tensor([[1, 2], [2, 3], [5, 1]], dtype=torch.int32, device=DEVICE))
+    before[:, [2, 3, 1]] = before[:, [1, 2, 5]]
+    assert torch.equal(torch.stack(pools), before)
+
+
+def test_nothing_to_copy() -> None:
+    """Guards the common step: an empty grid is an error on a GPU."""
+    BlockCopier([torch.zeros(2, 4, 2, 8, device=DEVICE)])(torch.empty(0, 2, dtype=torch.int32, device=DEVICE))
