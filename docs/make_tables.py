@@ -12,7 +12,7 @@ def flags_page() -> str:
     lines = [
         "# Flags of `ropeway serve`",
         "",
-        "A flag wins over its environment variable, that over its entry in `--config FILE` (YAML, the same names), and that",
+        "A flag wins over its environment variable, that over the `--config FILE` (YAML, the same names), that",
         "over the default.",
     ]
     defaults = Settings()
