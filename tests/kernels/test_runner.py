@@ -1,0 +1,208 @@
+"""ModelRunner: steps in flight, tokens handed on unread, joins and copies; and a model folder made ready."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB_SIZE, build
+from ragged_steps import BLOCK_SIZE, CPU, NUM_BLOCKS, token_rows
+from transformers import PreTrainedModel
+
+from ropeway.kernels import runner as runner_module
+from ropeway.kernels.errors import NotEnoughMemory, UnsupportedModel
+from ropeway.kernels.kv_pool import KVPool
+from ropeway.kernels.packed import PackedForward
+from ropeway.kernels.padded import PaddedForward
+from ropeway.kernels.runner import Flight, ModelRunner, build_runner
+from ropeway.kernels.sampler import Sampler
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.sampling_state import SamplingState
+from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput, StepOutput
+
+GREEDY = SamplingParams(temperature=0.0)
+SEEDED = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.2)
+PROMPTS = token_rows((5, 1, 11), VOCAB_SIZE, seed=4)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build(FAMILIES["llama"])
+
+
+def make_runner(
+    model: PreTrainedModel, layout: type[PackedForward] | type[PaddedForward] = PackedForward
+) -> ModelRunner:
+    pool = KVPool(NUM_BLOCKS, BLOCK_SIZE, fill=torch.nan)
+    return ModelRunner(layout(model, pool), pool, Sampler(SamplingState(8, VOCAB_SIZE, CPU)), BLOCK_SIZE, CPU)
+
+
+def table(row: int) -> list[int]:
+    """Sixteen blocks of the row's own, not in order."""
+    return [1 + row + 4 * (15 - block) for block in range(16)]
+
+
+def generate(runner: ModelRunner, params: SamplingParams, count: int, lag: int) -> list[list[int]]:
+    """`count` tokens of every prompt, each flight read `lag` launches late; row r joins at step r."""
+    out: list[list[int]] = [[] for _ in PROMPTS]
+    waiting: list[tuple[Flight, list[int]]] = []
+    launched = [0] * len(PROMPTS)
+    members: list[int] = []
+    for now in range(count + len(PROMPTS) + lag):
+        rows, joins, last = [], [], members
+        members = [row for row in range(len(PROMPTS)) if now >= row and launched[row] < count]
+        for row in members:
+            start, ids, previous = 0, PROMPTS[row], -1
+            if launched[row] == 0:
+                joins.append(RowState(row, params, PROMPTS[row], []))
+            else:
+                start = len(PROMPTS[row]) + launched[row] - 1
+                unread = len(out[row]) < launched[row]
+                ids, previous = ([UNREAD], last.index(row)) if unread else (out[row][-1:], -1)
+            launched[row] += 1
+            rows.append(RowInput(row, list(ids), start, table(row), prev_row=previous))
+        if rows:
+            waiting.append((runner.launch(StepInput(rows, joins)), members))
+        while waiting and (len(waiting) > lag or not rows):
+            flight, flown = waiting.pop(0)
+            for row, token_id in zip(flown, flight.read().token_ids, strict=True):
+                out[row].append(token_id)
+    return out
+
+
+@pytest.mark.parametrize("layout", [PackedForward, PaddedForward])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_tokens_are_those_of_generate(
+    model: PreTrainedModel, layout: type[PackedForward] | type[PaddedForward], lag: int
+) -> None:
+    """Guards the whole step, and unread tokens: with the wrong one handed on, texts mix."""
+    tokens = generate(make_runner(model, layout), GREEDY, 20, lag)
+    model.set_attn_implementation("sdpa")
+    for prompt, got in zip(PROMPTS, tokens, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
+        )
+        assert got == out[0, len(prompt) :].tolist()
+        assert len(set(got)) > 5
+
+
+def test_lag_changes_nothing(model: PreTrainedModel) -> None:
+    """Guards sampled rows at lag 1: noise and penalties depend on seed, position and the row's own past alone."""
+    assert generate(make_runner(model), SEEDED, 20, 0) == generate(make_runner(model), SEEDED, 20, 1)
+
+
+def run_one(runner: ModelRunner, rows: list[RowInput], params: list[SamplingParams]) -> StepOutput:
+    joins = [RowState(row.state_slot, p, row.token_ids, []) for row, p in zip(rows, params, strict=True)]
+    return runner.launch(StepInput(rows, joins)).read()
+
+
+def test_rows_that_do_not_sample(model: PreTrainedModel) -> None:
+    """Guards the mapping of sampled lines to rows when unfinished chunks stand between them."""
+    rows = [
+        RowInput(3, PROMPTS[2][:4], 0, table(0), sample=False),
+        RowInput(1, PROMPTS[0], 0, table(1)),
+        RowInput(2, PROMPTS[2][:6], 0, table(2), sample=False),
+        RowInput(0, PROMPTS[1], 0, table(3)),
+    ]
+    output = run_one(make_runner(model), rows, [GREEDY] * 4)
+    alone = [run_one(make_runner(model), [rows[row]], [GREEDY]).token_ids[0] for row in (1, 3)]
+    assert output.token_ids == [-1, alone[0], -1, alone[1]]
+    assert output.finite == [True] * 4
+    assert output.computed_slots == 4 + 5 + 6 + 1
+    nothing = run_one(make_runner(model), rows[:1], [GREEDY])
+    assert (nothing.token_ids, nothing.logprobs) == ([-1], {})
+
+
+def test_logprobs_go_to_the_rows_that_asked(model: PreTrainedModel) -> None:
+    """Guards counts per row: one row's top-5 must not appear in a row that asked for one, or for none."""
+    asked = [None, 2, 0, 5]
+    rows = [RowInput(slot, PROMPTS[slot % 3], 0, table(slot)) for slot in range(4)]
+    output = run_one(make_runner(model), rows, [SamplingParams(temperature=0.0, logprobs=count) for count in asked])
+    assert {row: len(logprobs.top) for row, logprobs in output.logprobs.items()} == {1: 2, 2: 0, 3: 5}
+    for row in (1, 3):
+        assert output.logprobs[row].top[0] == (output.token_ids[row], output.logprobs[row].logprob)
+
+
+@pytest.mark.parametrize("layout", [PackedForward, PaddedForward])
+def test_a_row_with_nan_is_alone_with_it(layout: type[PackedForward] | type[PaddedForward]) -> None:
+    """Guards neighbours of a poisoned row, and rows that get its blocks later: NaN * 0 must not reach them."""
+    model = build(FAMILIES["llama"])
+    bad = 77
+    model.get_input_embeddings().weight.data[bad] = torch.nan
+    clean = [[token for token in prompt if token != bad] for prompt in PROMPTS]
+    runner = make_runner(model, layout)
+    rows = [
+        RowInput(0, clean[0], 0, table(0)),
+        RowInput(1, [3, bad, 4, 5, 6], 0, table(1)),
+        RowInput(2, clean[2], 0, table(2)),
+    ]
+    output = run_one(runner, rows, [GREEDY] * 3)
+    alone = [run_one(make_runner(model, layout), [row], [GREEDY]).token_ids[0] for row in (rows[0], rows[2])]
+    assert output.finite == [True, False, True]
+    assert [output.token_ids[0], output.token_ids[2]] == alone
+    assert 0 <= output.token_ids[1] < VOCAB_SIZE
+    heir = [RowInput(3, clean[2], 0, table(3)), RowInput(1, clean[0][:2], 0, table(1))]  # row 1's poisoned blocks
+    later = run_one(runner, heir, [GREEDY] * 2)
+    assert later.finite == [True, True]
+    assert later.token_ids[0] == alone[1]
+
+
+def test_copies_come_before_the_forward(model: PreTrainedModel) -> None:
+    """Guards forks: two choices of a prompt share blocks, the second writes to a copy of the last one."""
+    prompt = PROMPTS[0]  # 5 tokens: one full block, one shared partial block
+    runner = make_runner(model)
+    first = run_one(runner, [RowInput(0, prompt, 0, [1, 2])], [GREEDY]).token_ids[0]
+    forks = [RowInput(0, [first], 5, [1, 2]), RowInput(1, [9], 5, [1, 3])]
+    join = [RowState(1, GREEDY, prompt, [9])]
+    output = runner.launch(StepInput(forks, join, copies=[(2, 3)])).read()
+    alone = [
+        run_one(make_runner(model), [RowInput(0, [*prompt, token], 0, table(0))], [GREEDY]).token_ids[0]
+        for token in (first, 9)
+    ]
+    assert output.token_ids == alone
+
+
+def save(model: PreTrainedModel, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("llama", "packed"), ("bloom", "padded")])
+def test_a_folder_becomes_a_runner(tmp_path: Path, name: str, layout: str) -> None:
+    """Guards the start: what the info says is what the runner does, and progress only goes up."""
+    seen: list[tuple[str, float]] = []
+    runner, info = build_runner(
+        save(build(FAMILIES[name]), tmp_path),
+        max_model_len=64,
+        max_num_seqs=4,
+        block_size=BLOCK_SIZE,
+        progress=lambda stage, share: seen.append((stage, share)),
+    )
+    assert (info.layout, info.dtype, info.device, info.vocab_size) == (layout, "float32", "cpu", VOCAB_SIZE)
+    assert (info.max_model_len, info.block_size, info.num_blocks) == (64, BLOCK_SIZE, 1 + 4 * 16)
+    assert info.kv_cache_bytes % info.num_blocks == 0
+    assert [share for _, share in seen] == sorted(share for _, share in seen)
+    assert seen[-1][1] == 1.0
+    tokens = run_one(runner, [RowInput(0, PROMPTS[0], 0, table(0))], [GREEDY]).token_ids
+    direct = make_runner(build(FAMILIES[name]), PaddedForward)
+    assert tokens == run_one(direct, [RowInput(0, PROMPTS[0], 0, table(0))], [GREEDY]).token_ids
+
+
+def test_the_wanted_layout_is_taken_or_refused(tmp_path: Path) -> None:
+    """Guards --batch-layout: it must not be a hint that is quietly dropped."""
+    folder = save(build(FAMILIES["bloom"]), tmp_path)
+    with pytest.raises(UnsupportedModel, match="attention interface"):
+        build_runner(folder, layout="packed", block_size=BLOCK_SIZE, max_num_seqs=1)
+    llama = save(build(FAMILIES["llama"]), tmp_path / "llama")
+    _, info = build_runner(llama, layout="padded", block_size=BLOCK_SIZE, max_num_seqs=1)
+    assert info.layout == "padded"
+
+
+def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the start's messages: a pool that cannot be made is a sentence with flags, not a stack trace."""
+    folder = save(build(FAMILIES["llama"]), tmp_path)
+    with pytest.raises(NotEnoughMemory, match="--max-model-len"):
+        build_runner(folder, kv_cache_bytes=4096, block_size=BLOCK_SIZE)
+    monkeypatch.setattr(runner_module, "plan_blocks", lambda *args, **kwargs: 1 << 45)
+    with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes"):
+        build_runner(folder, block_size=BLOCK_SIZE)
