@@ -5,6 +5,7 @@ leaves SIGINT and SIGTERM (a Ctrl-C or a service manager sends them to every pro
 which tells it over its control pipe what to do. SIGUSR1 prints the stacks of all threads to stderr.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -69,19 +70,17 @@ def socket_address(directory: str, generation: int, worker: int, direction: str)
 
 
 def send_control(control: Connection, message: Control) -> bool:
-    """Sends without ever blocking: False if the other end reads no more, be it dead or stuck with a full pipe.
+    """Sends without ever blocking. False if the pipe is full: the other end does not read.
 
-    The kernel calls a stream socket writable while less than a quarter of its buffer is in use, so a message of a few
-    hundred bytes fits whole.
+    An end that is gone is no failure here: its sentinel tells. The kernel calls a stream socket writable while less
+    than a quarter of its buffer is in use, so a message of a few hundred bytes fits whole.
     """
-    try:
-        poll = select.poll()
-        poll.register(control, select.POLLOUT)
-        if not poll.poll(0):
-            return False
-        control.send_bytes(_encode(message))
-    except OSError:
+    poll = select.poll()
+    poll.register(control, select.POLLOUT)
+    if not poll.poll(0):
         return False
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        control.send_bytes(_encode(message))
     return True
 
 

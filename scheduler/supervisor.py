@@ -241,7 +241,8 @@ class Supervisor:
     def _drain_on(self, deadline: float) -> None:
         if not self._workers:
             self._exit_code = 1 if self._failure else 0
-            if self._engine and self._was_ready and send_control(self._engine.control, Stop()):
+            if self._engine and self._was_ready:
+                send_control(self._engine.control, Stop())
                 self._engine.wait(GRACE)
         elif time.monotonic() > deadline + GRACE:
             logger.warning("workers did not end in time: killed")
@@ -350,7 +351,7 @@ class Supervisor:
 
     def _tell_workers(self, message: WorkerControl) -> None:
         for child in self._workers.values():
-            if not send_control(child.control, message) and child.alive:
+            if not send_control(child.control, message):
                 logger.error("%s hangs (does not read its control pipe): killed", child.name)
                 child.kill(self._limits.stack_dump)
 
