@@ -234,10 +234,11 @@ def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) ->
     assert text.splitlines()[-1] == "ropeway: API workers keep dying; the last one exited with code 3."
 
 
-def test_the_supervisor_dies(start: Callable[..., Server]) -> None:
-    """Guards against orphans that hold the port and the memory."""
-    server = start()
-    server.wait_ready()
+@pytest.mark.parametrize("model", ["fake", FROZEN_MODEL])
+def test_the_supervisor_dies(start: Callable[..., Server], model: str) -> None:
+    """Guards against orphans that hold the port and the memory, also of an engine that hears nothing, stuck in a load."""
+    server = start(model=model)
+    wait_for(lambda: server.status().get("stage") == ("ready" if model == "fake" else "reading weights"), "the engine")
     family = children(server)
     assert len(family) >= 2
     server.end(signal.SIGKILL)
