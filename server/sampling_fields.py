@@ -20,6 +20,8 @@ from ropeway.server.errors import ApiError, invalid
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
 MAX_LISTED_IDS = 1024
+LONGEST_NAME = 64
+"""Characters of an unknown field's name that are repeated to the client."""
 GREEDY_BELOW = 1e-5
 """Temperatures under this are 0: dividing logits by them would overflow."""
 BANNED = -100.0
@@ -146,7 +148,8 @@ class SamplingFields(BaseModel):
             raise cls._refusal(error) from None
         fields._check_unbuilt()
         if strict and (unknown := fields.unknown()):
-            raise invalid(f"{unknown[0]} is not a field of this endpoint.", unknown[0], "unknown_parameter")
+            name = unknown[0][:LONGEST_NAME]
+            raise invalid(f"{name!r} is not a field of this endpoint.", name, "unknown_parameter")
         if fields.stream_options is not None and not fields.stream:
             raise invalid("stream_options needs stream: true.", "stream_options")
         return fields
@@ -192,7 +195,7 @@ class SamplingFields(BaseModel):
 
 def names_header(names: list[str]) -> str:
     """Field names, which are any text at all, as a header's value."""
-    shown = [quote(name[:64], safe="$.[]") for name in names[:20]]
+    shown = [quote(name[:LONGEST_NAME], safe="$.[]") for name in names[:20]]
     return ", ".join(shown + ["..."] * (len(names) > 20))
 
 

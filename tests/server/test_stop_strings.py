@@ -1,5 +1,7 @@
 """Stop strings against the plainest possible reference."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def plain(text: str, stops: list[str]) -> tuple[int, str] | None:
 
 def cut(text: str, places: list[int]) -> list[str]:
     edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(st.text(alphabet="ab\n", max_size=40), st.lists(words, min_size=1, max_size=6), st.lists(st.integers(0, 40)))

@@ -1,0 +1,220 @@
+"""The two answers on the wire: held headers, keep-alives, errors, clients that leave or do not read."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import text_samples
+from scripted import Record, ScriptedClient, ScriptedRows, Wake, row
+from wire import Wire, events
+
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.scheduler.client import EngineFailed
+from ropeway.server import stream
+from ropeway.server.errors import ApiError
+from ropeway.server.generator import Generator
+from ropeway.server.request import ChoiceDelta, GenerationRequest
+from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
+from ropeway.server.tokenizer import TextTokenizer
+
+TOKENIZER = TextTokenizer(text_samples.byte_level())
+IDS = TOKENIZER._encode(["Hello, world!"], False)
+TICK = 0.02
+
+
+class Frames:
+    """A protocol in three lines."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.broken = broken
+
+    def encode(self, deltas: list[ChoiceDelta]) -> bytes:
+        if self.broken and deltas[0].finish_reason:
+            raise RuntimeError("a bug")
+        return b"".join(stream.event({"text": delta.text}) for delta in deltas if delta.text)
+
+    def finish(self) -> bytes:
+        return stream.DONE
+
+
+class Case:
+    """A response over a scripted engine, and the task that answers the client."""
+
+    def __init__(self, *script: Wake, kind: str = "stream", broken: bool = False) -> None:
+        client = ScriptedClient(None, script, open_end=True)
+        self.record = Record()
+        request = GenerationRequest([5], SamplingParams(), 100)
+        generation = Generator(client, TOKENIZER).start([request], self.record)
+        self.rows: ScriptedRows = client.submitted[0].rows
+        self.wire = Wire()
+        self.wire._incoming.clear()  # the endpoint has read the body
+        response = (
+            EventStream(generation, Frames(broken), {"x-extra": "1"})
+            if kind == "stream"
+            else JsonAnswer(generation, lambda choices: {"text": choices[0].text}, {"x-extra": "1"})
+        )
+        self.task = asyncio.create_task(self.wire.call(response))
+
+    async def ended(self, outcome: str | None) -> None:
+        """The call returns soon, with this outcome told once."""
+        await asyncio.wait_for(self.task, 1)
+        assert self.record.outcomes == [outcome]
+
+
+kinds = pytest.mark.parametrize("kind", ["stream", "json"])
+
+
+async def test_bytes_of_a_stream() -> None:
+    """Guards the framing: headers, one `data:` line per event, an empty line after each, [DONE] last, nothing else."""
+    case = Case([row(0, IDS[:2])], [row(0, IDS[2:], "length")])
+    await case.ended(None)
+    start, *bodies = case.wire.messages
+    assert start["status"] == 200
+    assert case.wire.headers == {
+        "content-type": "text/event-stream; charset=utf-8",
+        "cache-control": "no-cache",
+        "x-accel-buffering": "no",
+        "x-extra": "1",
+    }
+    first, rest = (json.dumps({"text": TOKENIZER.decode(ids)}, separators=(",", ":")) for ids in (IDS[:2], IDS[2:]))
+    assert [body["body"].decode() for body in bodies] == [
+        f"data: {first}\n\n",
+        f"data: {rest}\n\n",
+        "data: [DONE]\n\n",
+    ]
+    assert [body["more_body"] for body in bodies] == [True, True, False]
+
+
+async def test_bytes_of_a_document() -> None:
+    """Guards the plain answer: one document with its length."""
+    case = Case([row(0, IDS[:2])], [row(0, IDS[2:], "length")], kind="json")
+    await case.ended(None)
+    assert case.wire.body == b'{"text":"Hello, world!"}'
+    assert case.wire.headers == {"content-type": "application/json", "content-length": "24", "x-extra": "1"}
+
+
+@kinds
+async def test_early_errors_have_their_status(kind: str) -> None:
+    """Guards headers held back: nothing is sent before the first token, so an early error is no 200."""
+    case = Case(kind=kind)
+    await asyncio.sleep(TICK)
+    assert case.wire.messages == []
+    case.rows.feed(EngineFailed("The engine died."))
+    with pytest.raises(ApiError) as caught:
+        await asyncio.wait_for(case.task, 1)
+    assert caught.value.status == 503 and case.wire.messages == []
+    assert case.record.outcomes == ["error"]
+
+
+async def test_error_in_mid_stream() -> None:
+    """Guards clients in mid-stream: an error event with the same code, then [DONE], and the answer is complete."""
+    case = Case([row(0, IDS[:2])], [row(0, [], "timeout", error="Too late.")])
+    await case.ended("timeout")
+    error = events(case.wire.body)[-1]["error"]
+    assert error == {"message": "Too late.", "type": "timeout_error", "param": None, "code": "deadline_exceeded"}
+    assert case.wire.complete
+
+
+async def test_our_own_bug_in_mid_stream() -> None:
+    """Guards against clients that hang for a bug of ours: the stream ends in words, the bug still reaches the log."""
+    case = Case([row(0, IDS[:2])], [row(0, IDS[2:], "length")], broken=True)
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(case.task, 1)
+    error = events(case.wire.body)[-1]["error"]
+    assert error["code"] == "engine_error" and "a bug" not in error["message"]
+    assert case.wire.complete and case.record.outcomes == ["error"]
+
+
+async def test_keep_alives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards proxies that close silent connections: a comment after silence, also before the first token, none while
+    tokens come; an error after it is an event."""
+    monkeypatch.setattr(stream, "KEEP_ALIVE_S", TICK)
+    case = Case()
+    await asyncio.wait_for(case.wire.until(3), 5)
+    assert case.wire.status == 200
+    assert [message["body"] for message in case.wire.messages[1:3]] == [b": keep-alive\n\n"] * 2
+    case.rows.feed(EngineFailed("The engine died."))
+    await case.ended("error")
+    assert events(case.wire.body)[-1]["error"]["code"] == "engine_restarting"
+
+
+async def test_no_keep_alive_while_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards bandwidth: silence is measured from the last bytes, not from the start."""
+    monkeypatch.setattr(stream, "KEEP_ALIVE_S", 0.5)
+    case = Case()
+    for token in IDS[:6]:
+        case.rows.feed([row(0, [token])])
+        await asyncio.sleep(0.1)
+    case.rows.feed([row(0, [IDS[6]], "length")])
+    await case.ended(None)
+    assert b"keep-alive" not in case.wire.body
+
+
+@kinds
+async def test_client_leaves_while_waiting(kind: str) -> None:
+    """Guards the GPU: a client that leaves before the first token is noticed, its row aborted, nothing is sent."""
+    case = Case(kind=kind)
+    await asyncio.sleep(TICK)
+    case.wire.leave()
+    await case.ended("disconnected")
+    assert case.rows.aborted == [None] and case.wire.messages == []
+
+
+@kinds
+async def test_client_leaves_in_the_middle(kind: str) -> None:
+    """Guards the GPU: leaving after some tokens aborts at once, and tokens that still come go nowhere."""
+    case = Case([row(0, IDS[:2])], kind=kind)
+    await asyncio.sleep(TICK)
+    case.wire.leave()
+    await case.ended("disconnected")
+    sent = len(case.wire.messages)
+    assert sent == (2 if kind == "stream" else 0)
+    case.rows.feed([row(0, IDS[2:], "length")])
+    await asyncio.sleep(TICK)
+    assert len(case.wire.messages) == sent and case.rows.aborted == [None]
+
+
+@kinds
+async def test_cancelled_from_outside(kind: str) -> None:
+    """Guards shutdown: a cancelled answer closes its generation and leaves no task behind."""
+    before = asyncio.all_tasks()
+    case = Case([row(0, IDS[:2])], kind=kind)
+    await asyncio.sleep(TICK)
+    case.task.cancel()
+    await asyncio.wait([case.task])
+    assert case.record.outcomes == ["error"] and case.rows.aborted == [None]
+    assert asyncio.all_tasks() == before
+
+
+async def test_slow_reader() -> None:
+    """Guards memory and neighbours: while the socket is full nothing is taken from the engine; then all comes."""
+    case = Case()
+    await asyncio.sleep(0)
+    case.wire.reading.clear()
+    case.rows.feed([row(0, IDS[:1])])
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[1:4]), row(0, IDS[4:])], [row(0, [], "length")])
+    await asyncio.sleep(TICK)
+    assert case.rows.taken == 1
+    case.wire.reading.set()
+    await case.ended(None)
+    assert "".join(event["text"] for event in events(case.wire.body)) == "Hello, world!"
+
+
+async def test_reader_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the queue: a client that holds its socket open and reads nothing loses its row after a while."""
+    monkeypatch.setattr(stream, "SLOW_READER_S", TICK)
+    case = Case([row(0, IDS[:2])])
+    case.wire.reading.clear()
+    await case.ended("disconnected")
+    assert case.rows.aborted == [None]
+
+
+@pytest.mark.parametrize("text", text_samples.TEXTS)
+def test_json_bytes(text: str) -> None:
+    """Guards clients that split lines at U+2028, U+2029 or U+0085 as Python's str.splitlines does."""
+    value: dict[str, Any] = {"text": text, "n": [1, 2.5, None]}
+    data = json_bytes(value)
+    assert json.loads(data) == value
+    assert len(data.decode().splitlines()) == 1
