@@ -136,6 +136,8 @@ def _config(model: str, folder: Path | None, revision: str | None, trust_remote_
             f"transformers {transformers.__version__} does not know the architecture of {model}: a newer version may, "
             "and --trust-remote-code runs code that comes with the model, if you trust it."
         ) from None
+    except Exception as error:  # values of the wrong kind or size: each library has its own exceptions for them
+        raise NotAModel(f"The config of {model} is not valid: {_one_line(error)}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{model} is an encoder-decoder model ({config.model_type}), which is not served yet.")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -212,12 +214,19 @@ def _weights(
             trust_remote_code=trust_remote_code,
             use_safetensors=None if trust_remote_code else True,
             local_files_only=folder is not None,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        raise NotAModel(f"The weights of {model} cannot be read: {_first_line(error)}") from error
+        raise NotAModel(f"The weights of {model} cannot be read: {_one_line(error)}") from error
     except (ImportError, ValueError, RuntimeError) as error:
-        raise LoadError(f"{model} cannot be loaded: {_first_line(error)}") from error
+        raise LoadError(f"{model} cannot be loaded: {_one_line(error)}") from error
+    # transformers would fill these with random numbers and go on
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise NotAModel(
+            f"The weights of {model} do not fit its config: {name} is {list(stored)} and should be {list(wanted)}."
+        )
     if report["missing_keys"]:
         name = min(report["missing_keys"])
         raise NotAModel(f"The weights of {model} lack {len(report['missing_keys'])} tensors, {name} first.")
@@ -231,5 +240,7 @@ def _logits_width(model: PreTrainedModel) -> int:
     return int(width)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _one_line(error: Exception) -> str:
+    """The end of a library's message: where it has several lines, the last says what is wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
