@@ -159,13 +159,13 @@ def test_filters_in_one_batch_are_those_of_each_row() -> None:
 def test_repetition_penalty_and_bias_are_those_of_transformers() -> None:
     """Guards both signs of a logit, prompt and output alike, and bias before penalty as in `generate()`."""
     generator = torch.Generator().manual_seed(4)
-    for _ in range(200):
-        logits = torch.randn(1, 12, generator=generator)
+    for i in range(300):
+        logits = torch.randn(1, 12, generator=generator) - i % 3  # the winner is negative too
         output = torch.randint(0, 12, (4,), generator=generator).tolist()
         penalty = 0.5 + 2 * torch.rand((), generator=generator).item()
-        bias = {i: torch.randn((), generator=generator).item() for i in (0, 3, output[0])}
+        bias = {token: torch.randn((), generator=generator).item() for token in (0, 3, output[0])}
         history = torch.tensor([PROMPT + output])
-        expected = SequenceBiasLogitsProcessor({(i,): b for i, b in bias.items()})(history, logits)
+        expected = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})(history, logits)
         expected = RepetitionPenaltyLogitsProcessor(penalty)(history, expected)
         params = SamplingParams(temperature=0, repetition_penalty=penalty, logit_bias=bias)
         assert sample(logits, [params], output).token_ids.item() == expected.argmax()

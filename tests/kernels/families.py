@@ -1,0 +1,164 @@
+"""Tiny random models of many families, small enough to build and run in fractions of a second.
+
+Random weights prove little unless attention and positions matter: matrices are drawn so that every layer passes on
+about what it gets (and the embedding does not drown the rest), norms and biases are moved off 1 and 0, windows are
+shorter than the sequences. `test_parity.py` asserts that what a family emits is worth comparing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB_SIZE = 128
+WINDOW = 8
+
+
+@dataclass(slots=True, frozen=True)
+class Family:
+    """One model type with one configuration."""
+
+    model_type: str
+    config: dict[str, Any]
+    packed: bool = True
+    """Its code goes through transformers' attention interface."""
+    position_ids: bool = True
+    """It is told positions; False: it reads them off the columns of the mask (ALiBi)."""
+    gain: float = 1.0
+    """Scale of its matrices, relative to what keeps the variance of a layer's input."""
+    seed: int = 0
+
+
+_BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+_GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_WINDOW = {"sliding_window": WINDOW}
+_MIXED = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _base(model_type: str, /, *, gain: float = 1.0, seed: int = 0, **config: Any) -> Family:
+    return Family(model_type, _BASE | config, gain=gain, seed=seed)
+
+
+def _unpacked(model_type: str, config: dict[str, Any], gain: float = 2.0, position_ids: bool = True) -> Family:
+    return Family(model_type, config, packed=False, position_ids=position_ids, gain=gain)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _base("llama"),
+    "mistral": _base("mistral", **_WINDOW),
+    "qwen2": _base("qwen2"),
+    "qwen2-window": _base("qwen2", use_sliding_window=True, max_window_layers=1, **_WINDOW),
+    "qwen3": _base("qwen3", head_dim=16),
+    "qwen3_moe": _base("qwen3_moe", head_dim=16, num_experts=4, **_EXPERTS),
+    "mixtral": _base("mixtral", num_local_experts=4, **_WINDOW),
+    "gemma": _base("gemma", gain=2.0, head_dim=16),
+    "gemma2": _base("gemma2", gain=2.0, head_dim=16, query_pre_attn_scalar=16, **_MIXED),
+    "gemma3_text": _base("gemma3_text", head_dim=16, query_pre_attn_scalar=16, **_MIXED),
+    "phi": _base("phi"),
+    "phi3": _base("phi3", original_max_position_embeddings=128, **_WINDOW),
+    "olmo2": _base("olmo2"),
+    "olmo3": _base("olmo3", **_MIXED),
+    "granite": _base("granite"),
+    "stablelm": _base("stablelm"),
+    "cohere": _base("cohere", seed=2),
+    "cohere2": _base("cohere2", **_MIXED),
+    "starcoder2": _base("starcoder2", seed=3, **_WINDOW),
+    "smollm3": _base("smollm3", no_rope_layers=[1, 0]),
+    "gpt_neox": _base("gpt_neox", seed=2),
+    "gpt_oss": _base("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, **_MIXED),
+    "deepseek_v3": _base(
+        "deepseek_v3",
+        num_key_value_heads=4,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=24,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        **_EXPERTS,
+    ),
+    "gpt2": Family("gpt2", _GPT2),
+    "gpt_bigcode": Family("gpt_bigcode", _GPT2, seed=3),
+    "opt": Family(
+        "opt",
+        {
+            "hidden_size": 64,
+            "ffn_dim": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 64,
+        },
+    ),
+    "biogpt": Family(
+        "biogpt",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "falcon": _unpacked("falcon", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "falcon-alibi": _unpacked(
+        "falcon",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
+        position_ids=False,
+    ),
+    "bloom": _unpacked("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, position_ids=False),
+    "mpt": _unpacked(
+        "mpt",
+        {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "expansion_ratio": 2},
+        gain=1.0,
+        position_ids=False,
+    ),
+    "gptj": _unpacked("gptj", {**_GPT2, "rotary_dim": 8}),
+    "codegen": _unpacked("codegen", {**_GPT2, "rotary_dim": 8}),
+    "gpt_neo": _unpacked(
+        "gpt_neo",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": WINDOW,
+            "max_position_embeddings": 128,
+        },
+        gain=1.0,
+    ),
+}
+
+
+def build(family: Family) -> PreTrainedModel:
+    """The family's model in fp32, always with the same weights; it never ends a text by itself."""
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    shared = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": False, **tokens}
+    config = AutoConfig.for_model(family.model_type, **shared | family.config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(family.seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() < 2:
+                parameter += 0.1 * noise
+            elif id(parameter) in embeddings:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * family.gain / parameter.shape[-1] ** 0.5)
+    return model
