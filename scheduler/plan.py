@@ -29,8 +29,6 @@ class Draft:
     copies: list[tuple[int, int]] = field(default_factory=list)
     victims: set[Row] = field(default_factory=set)
     """Rows that make room for others: not in this step."""
-    short_of_blocks: bool = False
-    """A running row found no free block: nobody is admitted."""
     oldest: Row | None = None
     """The oldest running row, once somebody asked."""
 

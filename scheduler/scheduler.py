@@ -163,8 +163,7 @@ class Scheduler:
         chunks = [row for row in self.running if row.num_pending > 1]
         for row in decoding + chunks:
             self._carry_on(row, draft)
-        if not draft.short_of_blocks:
-            self._admit_waiting(draft)
+        self._admit_waiting(draft)
         return draft.launch() if draft.spans else None
 
     def _carry_on(self, row: Row, draft: Draft) -> None:
@@ -185,7 +184,6 @@ class Scheduler:
         """Extends the row's table over `num_tokens`, at the cost of rows that come after it; False if it must wait."""
         missing = self.pool.blocks_for(num_tokens) - len(row.block_table)
         while missing > self.pool.num_available:
-            draft.short_of_blocks = True
             victim = self._victim(row, draft)
             if victim is not None:
                 draft.drop(victim)
@@ -235,7 +233,7 @@ class Scheduler:
         if leader is not None and not leader.holds_prompt:
             return "leader prefilling"
         head = self._head_start(row, leader)
-        # All its known tokens must find room, and every running row its next block: or it would soon be preempted.
+        # It takes the blocks of all its tokens and leaves every running row its next one, or it would soon be preempted.
         needed = self.pool.blocks_for(row.num_tokens) - len(head.blocks) + len(self.running)
         if needed > self.pool.num_available - self.pool.num_unowned(head.blocks):
             return "no free blocks"
@@ -275,7 +273,7 @@ class Scheduler:
     def _join(self, row: Row, head: _HeadStart, draft: Draft) -> None:
         span = range(head.start, min(row.num_tokens, head.start + draft.tokens_left))
         self.pool.share(head.blocks)
-        own = self.pool.allocate(self.pool.blocks_for(span.stop) - len(head.blocks))
+        own = self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
         if head.copy_from is not None:
             draft.copies.append((head.copy_from, own[0]))
         row.block_table = head.blocks + own

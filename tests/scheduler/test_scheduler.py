@@ -202,38 +202,45 @@ def test_a_row_with_a_token_in_flight_is_preempted_after_it_was_read() -> None:
 
 def test_a_victim_that_was_planned_already_leaves_the_step() -> None:
     """Guards a step in which a row computes into blocks that it has just given away."""
-    desk = Desk(blocks=7, block_size=2, tokens=2)
-    desk.add(2, prompt=1, max_tokens=12)
-    desk.step()
-    desk.add(1, prompt=9)
-    for _ in range(6):
-        plan = desk.plan()
-        assert [len(part.token_ids) for part in plan.step.rows] == [1, 1]
-        desk.read(plan)
+    desk = Desk(blocks=4, block_size=2)
+    desk.add(1, prompt=2, priority=5)
+    desk.add(2, prompt=1, priority=0)
+    for token in (5, 6, 7):
+        desk.step(token)
     assert desk.pool.num_available == 0
-    assert shape(desk.plan()) == [(1, 6, 1)]  # 2 came first, as it decodes, and had room
+    assert shape(desk.plan()) == [(1, 4, 1)]  # 2 came first and had room, but 1 is the oldest
     assert [row.request_id for row in desk.scheduler.waiting] == [2]
 
 
-def test_nobody_is_admitted_while_running_rows_lack_blocks() -> None:
-    """Guards against preempting one row to admit another, for ever."""
-    desk = Desk(blocks=4, block_size=2)
-    desk.add(1, prompt=2)
-    desk.add(2, prompt=2)
-    for _ in range(3):
+def test_a_preempted_row_makes_its_prefix_findable_again() -> None:
+    """Guards the prefix cache: others used the memory of its blocks, and it computed them once more."""
+    desk = Desk(blocks=6, block_size=2)
+    desk.add(1, prompt=5, max_tokens=8)
+    desk.add(2, prompt=3, max_tokens=4)
+    while desk.scheduler.num_unfinished:
         desk.step()
-    desk.add(3, prompt=1)
-    assert shape(desk.plan()) == [(1, 4, 1)]
+    assert desk.scheduler.stats.preemptions == 1
+    desk.add(3, prompt=[2000, 2001, 2002], max_tokens=1)
+    assert desk.step()[0].cached_tokens == 2
 
 
-def test_a_row_is_admitted_only_if_all_of_it_finds_room() -> None:
-    """Guards long prompts against being admitted, preempted and computed again."""
-    desk = Desk(blocks=5, block_size=2, tokens=4)
-    desk.add(1, prompt=2)
+@pytest.mark.parametrize(("blocks", "admitted"), [(5, False), (6, True)])
+def test_a_row_is_admitted_only_if_it_can_stay(blocks: int, admitted: bool) -> None:
+    """Guards long prompts against being admitted, preempted and computed again: 1 is left a block to grow into."""
+    desk = Desk(blocks=blocks, block_size=2, tokens=4)
+    desk.add(1, prompt=1)
     desk.step()
     desk.add(2, prompt=8, max_tokens=1)
-    assert shape(desk.plan()) == [(1, 2, 1)]
-    assert desk.reason("no free blocks") == 1
+    assert shape(desk.plan()) == [(1, 1, 1), (2, 0, 3)][: 1 + admitted]
+    assert desk.reason("no free blocks") == (not admitted)
+
+
+def test_a_chunk_owns_the_blocks_of_the_whole_prompt() -> None:
+    """Guards a long prompt against rows that are admitted after it: half-way it would be preempted by the oldest."""
+    desk = Desk(blocks=6, block_size=2, tokens=2)
+    desk.add(1, prompt=8, max_tokens=1)
+    desk.step()
+    assert desk.pool.num_available == 2
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(100, 1), (101, 1), (30, 12)])
