@@ -102,7 +102,8 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
     tokens = info.num_blocks * info.block_size
     return [
         ("model", f"{', '.join(settings.served_names)} ({info.architecture}, {count(info.num_parameters)} parameters)"),
-        ("runs as", f"{info.layout} in {info.dtype} on {info.device}: {info.layout_reason}"),
+        ("runs as", f"{info.layout} batch in {info.dtype} on {info.device}"),
+        ("probe", info.layout_reason),
         ("weights", size(info.weight_bytes)),
         (
             "KV cache",

@@ -75,7 +75,7 @@ def preflight(origin: str) -> dict[str, str]:
 
 
 def test_cors_only_when_asked_for(tmp_path: Path) -> None:
-    """Guards browsers' users: no page may call the server unless its origin is allowed, and then without a key first."""
+    """Guards browsers' users: no page may call the server unless its origin is allowed; a preflight needs no key."""
     text_dir = write_text_dir(tmp_path)
 
     async def ask(app: FastAPI, origin: str) -> httpx.Response:
