@@ -117,7 +117,8 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except TemplateError as error:
-            raise invalid(f"The chat template refused the messages: {error.message}", "messages") from None
+            reason = " ".join(str(error.message).split()).rstrip(".")
+            raise invalid(f"The chat template refused the messages: {reason}.", "messages") from None
         except Exception as error:  # a template is code: it may fail in any way on messages it does not expect
             raise invalid(f"The chat template failed on these messages ({error}).", "messages") from None
         if continue_final_message:

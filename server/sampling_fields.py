@@ -248,7 +248,9 @@ def sampling_params(
     Raises: ApiError 400 for token ids outside of the vocabulary, and where every token is banned.
     """
     temperature = _given(fields.temperature, defaults.temperature)
-    ends = set(fields.stop_token_ids or ()) | (set() if fields.ignore_eos else set(eos_token_ids))
+    ends = set(fields.stop_token_ids or ())
+    if not fields.ignore_eos:  # a model's files may name an EOS that its logits do not have
+        ends |= {id for id in eos_token_ids if 0 <= id < vocab_size}
     check_ids(fields.stop_token_ids or [], vocab_size, "stop_token_ids")
     check_ids(fields.allowed_token_ids or [], vocab_size, "allowed_token_ids")
     params = SamplingParams(

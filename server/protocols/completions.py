@@ -16,7 +16,7 @@ from ropeway.server.protocols.openai import (
     generation_request,
 )
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
-from ropeway.server.sampling_fields import SamplingFields, check_ids
+from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
 
@@ -85,9 +85,8 @@ def create_router(services: Services) -> APIRouter:
 
 
 async def encode_prompt(services: Services, prompt: Prompt) -> list[int]:
-    """Token ids of one prompt, checked. Raises: ApiError 400."""
+    """Token ids of one prompt. Raises: ApiError 400."""
     if isinstance(prompt, list):
-        check_ids(prompt, services.require_loaded().vocab_size, "prompt")
         return prompt
     ids = await services.tokenizer.encode([prompt], add_special_tokens=True)
     if not ids:

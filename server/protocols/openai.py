@@ -20,6 +20,7 @@ from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import (
     SamplingDefaults,
     SamplingFields,
+    check_ids,
     names_header,
     output_limit,
     sampling_params,
@@ -56,6 +57,7 @@ def generation_request(
     Raises: ApiError 400.
     """
     info, tokenizer = services.require_loaded(), services.tokenizer
+    check_ids(prompt_ids, info.vocab_size, "prompt" if default_tokens == "short" else "messages")
     config = tokenizer.generation_config if services.settings.generation_config == "auto" else {}
     defaults = SamplingDefaults.from_generation_config(config)
     if logprobs is not None and logprobs > services.settings.max_logprobs:

@@ -63,6 +63,7 @@ class Submitted:
 
 class ScriptedClient(FakeClient):
     """A fake client that takes requests. `scripts` holds one script per request, in order; later ones get the last.
+    A request gets no more choices than it asked for.
 
     Args:
         open_end: rows wait for `feed` at the end of their script instead of ending.
@@ -81,7 +82,8 @@ class ScriptedClient(FakeClient):
         if self.refusal is not None:
             raise self.refusal
         script = self.scripts[min(len(self.submitted), len(self.scripts) - 1)] if self.scripts else []
-        rows = ScriptedRows(script, self.open_end)
+        mine = [wake if isinstance(wake, EngineError) else [row for row in wake if row.choice < n] for wake in script]
+        rows = ScriptedRows([wake for wake in mine if wake], self.open_end)
         self.submitted.append(Submitted(prompt_ids, sampling, max_tokens, n, rows, options))
         return rows
 

@@ -117,6 +117,7 @@ def test_stop_tokens() -> None:
     assert params({"stop_token_ids": [9, 3, 9]}).stop_token_ids == (3, 7, 9)
     assert params({"stop_token_ids": [9], "ignore_eos": True}).stop_token_ids == (9,)
     assert params({"ignore_eos": True}).stop_token_ids == ()
+    assert params({}, eos_token_ids=frozenset({7, VOCAB, -1})).stop_token_ids == (7,)
 
 
 def test_every_token_banned() -> None:
