@@ -233,7 +233,7 @@ class Scheduler:
         if leader is not None and not leader.holds_prompt:
             return "leader prefilling"
         head = self._head_start(row, leader)
-        # It takes the blocks of all its tokens and leaves every running row its next one, or it would soon be preempted.
+        # It takes the blocks of all its tokens and leaves each running row its next one, or it would soon be preempted.
         needed = self.pool.blocks_for(row.num_tokens) - len(head.blocks) + len(self.running)
         if needed > self.pool.num_available - self.pool.num_unowned(head.blocks):
             return "no free blocks"
