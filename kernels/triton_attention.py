@@ -75,9 +75,10 @@ def short_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
 
 def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     """Tiles of prefill chunks, arguments as for `short_tiling`."""
-    small = itemsize < 4 and max(head, head_v) <= 128
-    block_m = max(128 if small else 32, next_power_of_2(group))
-    return Tiling(block_m, min(64, _block_n(head, head_v, itemsize)), warps=8 if small else 4, stages=3 if small else 2)
+    if itemsize == 4:  # without tf32 there is no matrix unit to feed
+        return short_tiling(group, head, head_v, itemsize)
+    block_n = min(64, _block_n(head, head_v, itemsize))
+    return Tiling(max(128, next_power_of_2(group)), block_n, warps=8, stages=3)
 
 
 def _block_n(head: int, head_v: int, itemsize: int) -> int:

@@ -1,0 +1,128 @@
+"""The Triton sampler against `sampler.py`: the same ids, also where scores are equal or rows go wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ropeway.kernels import triton_sampler
+from ropeway.kernels.sampler import Sampled, Sampler
+from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.sampling_state import SamplingState
+from ropeway.kernels.step import RowState
+from ropeway.kernels.triton_sampler import TritonSampler
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+V = 300
+OUTPUT = [7, 7, 9, 250]
+DISTRIBUTIONS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(),
+    SamplingParams(temperature=0.6),
+    SamplingParams(temperature=1e-5),
+    SamplingParams(temperature=100.0),
+    SamplingParams(top_k=1),
+    SamplingParams(top_k=3),
+    SamplingParams(top_k=V - 1),
+    SamplingParams(top_k=1000),
+    SamplingParams(top_p=0.9),
+    SamplingParams(top_p=0.05),
+    SamplingParams(top_p=1e-60),
+    SamplingParams(min_p=0.1),
+    SamplingParams(temperature=2.0, min_p=1.0),
+    SamplingParams(temperature=1.3, top_k=20, top_p=0.8),
+    SamplingParams(temperature=0.7, top_k=50, top_p=0.95, min_p=0.05),
+]
+CHANGED = [
+    SamplingParams(temperature=0.0, repetition_penalty=1.7),
+    SamplingParams(frequency_penalty=0.8, presence_penalty=-0.5),
+    SamplingParams(logit_bias={5: 9.0, 7: -100.0}),
+    SamplingParams(allowed_token_ids=(3, 4, 250), top_p=0.7),
+    SamplingParams(temperature=0.0, stop_token_ids=tuple(range(0, V, 2)), min_tokens=10),
+    SamplingParams(temperature=0.9),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, the last one cut short."""
+    monkeypatch.setattr(triton_sampler, "BLOCK", 128)
+
+
+def both(logits: torch.Tensor, params: list[SamplingParams], steps: int = 1) -> list[tuple[Sampled, Sampled]]:
+    """(expected, got) of some steps with the same logits [L, V]; row i at slot L - 1 - i, OUTPUT before it."""
+    rows = len(params)
+    slots = torch.arange(rows).flip(0)
+    joins = [RowState(rows - 1 - i, replace(p, seed=1000 + i), [3, 3, 5], OUTPUT) for i, p in enumerate(params)]
+    states = [SamplingState(rows, logits.shape[1], device) for device in (CPU, DEVICE)]
+    for state in states:
+        state.join(joins)
+    right, ours = Sampler(states[0]), TritonSampler(states[1])
+    pairs = []
+    for step in range(steps):
+        positions = torch.full((rows,), 7 + step)
+        pairs.append((right.sample(logits, slots, positions), ours.sample(logits.to(DEVICE), slots, positions)))
+    return pairs
+
+
+def random_logits(rows: int, seed: int, ties: bool = False) -> torch.Tensor:
+    logits = torch.randn(rows, V, generator=torch.Generator().manual_seed(seed)) * 3
+    return logits.round() if ties else logits
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
+def test_distributions(ties: bool) -> None:
+    """Guards every filter, alone and together, in one batch: threshold searches, equal scores, noise."""
+    for expected, got in both(random_logits(len(DISTRIBUTIONS), 1, ties), DISTRIBUTIONS, steps=2):
+        assert got.token_ids.tolist() == expected.token_ids.tolist()
+        assert got.finite.all() and got.finite.dtype == torch.bool
+
+
+def test_bias_penalties_and_bans() -> None:
+    """Guards processing, its order, the counting (a third token depends on it), and rows that need none of it."""
+    for expected, got in both(random_logits(len(CHANGED), 2), CHANGED, steps=3):
+        assert got.token_ids.tolist() == expected.token_ids.tolist()
+
+
+def test_a_greedy_batch_and_an_unfiltered_one() -> None:
+    """Guards the launches that are left out."""
+    for temperature in (0.0, 1.0):
+        for expected, got in both(random_logits(3, 3), [SamplingParams(temperature=temperature)] * 3, steps=2):
+            assert got.token_ids.tolist() == expected.token_ids.tolist()
+
+
+def test_a_slots_last_bias_is_gone() -> None:
+    """Guards stale state: bias and history of the row that had the slot before."""
+    state = SamplingState(1, V, DEVICE)
+    state.join([RowState(0, SamplingParams(logit_bias={5: 99.0}, repetition_penalty=3.0, temperature=0.0), [1], [])])
+    sampler, logits = TritonSampler(state), torch.zeros(1, V, device=DEVICE)
+    logits[0, 1] = 1
+    assert sampler.sample(logits, torch.tensor([0]), torch.tensor([1])).token_ids.tolist() == [5]
+    state.join([RowState(0, SamplingParams(temperature=0.0), [1], [])])
+    assert sampler.sample(logits, torch.tensor([0]), torch.tensor([1])).token_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_p=0.9), CHANGED[0]])
+def test_rows_that_went_wrong(params: SamplingParams) -> None:
+    """Guards the flag, ids that stay valid, searches that must end, and the good row between the bad ones."""
+    logits = random_logits(5, 4)
+    logits[0, 17], logits[1, 299], logits[3], logits[4] = torch.nan, torch.inf, -torch.inf, torch.nan
+    ((expected, got),) = both(logits, [params] * 5)
+    assert got.finite.tolist() == expected.finite.tolist() == [False, False, True, False, False]
+    assert got.token_ids[2] == expected.token_ids[2]
+    assert all(0 <= token_id < V for token_id in got.token_ids.tolist())
+
+
+def test_logprobs() -> None:
+    """Guards the model's own distribution, also where scores were changed, and rows that did not ask."""
+    params = [SamplingParams(logprobs=3, logit_bias={5: 99.0}), SamplingParams(), SamplingParams(logprobs=0)]
+    ((expected, got),) = both(random_logits(3, 5, ties=True), params)
+    assert expected.logprobs is not None and expected.top_ids is not None and expected.top_logprobs is not None
+    assert got.logprobs is not None and got.top_ids is not None and got.top_logprobs is not None
+    asked = [0, 2]
+    torch.testing.assert_close(got.logprobs[asked].cpu(), expected.logprobs[asked], atol=1e-5, rtol=0)
+    assert got.top_ids[0].tolist() == expected.top_ids[0].tolist()
+    torch.testing.assert_close(got.top_logprobs[0].cpu(), expected.top_logprobs[0], atol=1e-5, rtol=0)
