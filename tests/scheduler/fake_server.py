@@ -36,7 +36,7 @@ from ropeway.scheduler.watchdog import Limits, PhaseLimit
 
 DEADLY, HANGING = VOCAB, VOCAB + 1
 BROKEN_MODEL, DYING_MODEL, FROZEN_MODEL = "broken", "dying", "frozen"
-NUM_BLOCKS, BLOCK_SIZE = 200, 4
+NUM_BLOCKS, BLOCK_SIZE = 3000, 4
 
 
 @dataclass
@@ -67,7 +67,7 @@ def model_info(text_dir: str = "", **changes: Any) -> ModelInfo:
         "layout": "packed",
         "layout_reason": "It is a fake.",
         "vocab_size": VOCAB,
-        "max_model_len": 500,
+        "max_model_len": 6000,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 32,
         "num_blocks": NUM_BLOCKS,

@@ -5,6 +5,7 @@ Nothing sleeps for luck: every wait polls for a fact with a deadline.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,7 +125,7 @@ def start() -> Iterator[Callable[..., Server]]:
 
     yield run
     for server in servers:
-        server.process.kill()
+        server.end(signal.SIGTERM, signal.SIGINT)  # at once, and the private folder goes too
         server.process.communicate(timeout=LIMIT_S)
 
 
@@ -216,14 +217,22 @@ def test_a_worker_dies(start: Callable[..., Server]) -> None:
     server = start()
     status = server.wait_ready()
     expected = undisturbed(server)
-    lost = server.ask(**PROMPT | {"max_tokens": 400})
+    lost = server.ask(prompt=[1, 2, 3], max_tokens=5000)
     lost.read_tokens(10)
     os.kill(status["worker"], signal.SIGKILL)
     assert "error" in lost.rest()
     again = server.wait_ready()
     assert again["worker"] != status["worker"] and again["engine"] == status["engine"]
-    wait_for(lambda: server.status().get("running") == 0, "the rows of the dead worker to leave")
+
+    def nothing_runs() -> bool:
+        status = server.status()
+        return status.get("phase") == "stepping" and status["running"] == 0  # of a heartbeat that it heard
+
+    wait_for(nothing_runs, "the dead worker's row to leave", limit_s=10)
     assert undisturbed(server) == expected
+    assert server.end(signal.SIGTERM) == 0
+    assert server.process.stderr
+    assert "reads nothing" not in server.process.stderr.read()  # the row left by the supervisor's word
 
 
 def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) -> None:
@@ -236,13 +245,14 @@ def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) ->
 
 @pytest.mark.parametrize("model", ["fake", FROZEN_MODEL])
 def test_the_supervisor_dies(start: Callable[..., Server], model: str) -> None:
-    """Guards against orphans that hold the port and the memory, also of an engine that hears nothing, stuck in a load."""
+    """Guards against orphans that hold the port and the memory; an engine stuck in a load hears no pipe close."""
     server = start(model=model)
     wait_for(lambda: server.status().get("stage") == ("ready" if model == "fake" else "reading weights"), "the engine")
-    family = children(server)
+    family, directory = children(server), server.status()["directory"]
     assert len(family) >= 2
     server.end(signal.SIGKILL)
     assert_nothing_left(family, None)
+    shutil.rmtree(directory)  # nobody else could
 
 
 def test_the_restart_budget_ends(start: Callable[..., Server]) -> None:
@@ -318,7 +328,7 @@ def test_the_drain_has_an_end(start: Callable[..., Server]) -> None:
     """Guards deployments against an endless stream: it ends with an error at the deadline, exit code 0."""
     server = start(drain_timeout=0.3)
     server.wait_ready()
-    answer = server.ask(**PROMPT | {"max_tokens": 450, "n": 1})
+    answer = server.ask(**PROMPT | {"max_tokens": 5000, "n": 1})
     answer.read_tokens(5)
     server.process.send_signal(signal.SIGINT)
     assert answer.rest() == {"error": "engine_failed"}
@@ -329,7 +339,7 @@ def test_a_second_signal_ends_at_once(start: Callable[..., Server]) -> None:
     """Guards impatient people: no waiting for streams any more, and still nothing is left."""
     server = start()
     status = server.wait_ready()
-    answer = server.ask(**PROMPT | {"max_tokens": 450})
+    answer = server.ask(**PROMPT | {"max_tokens": 5000})
     answer.read_tokens(5)
     family = children(server)
     server.process.send_signal(signal.SIGTERM)
