@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from shell import check_error, client, make_services, write_text_dir
+from shell import check_error, client, make_services
+from tiny_text import write_text_dir
 
 from ropeway.server.app import create_app, param_name
 from ropeway.server.keys import KeyRing

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import check_error, client, make_services, write_text_dir
+from shell import check_error, client, make_services
+from tiny_text import write_text_dir
 
 from ropeway.server.app import create_app
 from ropeway.server.auth import Auth

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from fake_client import engine_status
-from shell import client, make_services, write_text_dir
+from shell import client, make_services
+from tiny_text import write_text_dir
 
 from ropeway.server.app import create_app
 from ropeway.server.health import LIVE, READY, STARTUP

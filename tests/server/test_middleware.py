@@ -116,15 +116,18 @@ async def test_access_log(app: FastAPI, access_log: list[dict[str, Any]]) -> Non
         await http.get("/boom/secret-path")
         await http.get("/secret-path")
     generated, failed, unknown = access_log
-    assert generated.items() >= {
-        "request_id": "r1",
-        "route": "/generate",
-        "status": 200,
-        "n": 2,
-        "prompt_tokens": 7,
-        "output_tokens": 2,
-        "outcome": "length",
-    }.items()
+    assert (
+        generated.items()
+        >= {
+            "request_id": "r1",
+            "route": "/generate",
+            "status": 200,
+            "n": 2,
+            "prompt_tokens": 7,
+            "output_tokens": 2,
+            "outcome": "length",
+        }.items()
+    )
     assert generated["ttft_ms"] >= 0 and generated["ms"] >= generated["ttft_ms"]
     assert (failed["route"], failed["status"]) == ("/boom/{what}", 500)
     assert (unknown["route"], unknown["status"]) == ("unmatched", 404)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
-from shell import check_error, client, make_services, write_text_dir
+from shell import check_error, client, make_services
+from tiny_text import write_text_dir
 
 from ropeway import __version__
 from ropeway.server.app import create_app
