@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ropeway.server.chat_template import ChatTemplate
 
-INLINE_CHARS = 512
+INLINE_CHARS = 256
 """Shorter texts are encoded on the event loop: that takes less time than the way to a thread and back."""
 
 DecoderKind = Literal["byte_level", "per_token", "contextual"]
