@@ -99,6 +99,7 @@ class Scheduler:
     def add(self, owner: int, request: AddRequest) -> None:
         """Queues the choices of a request. Raises RequestTooLong if they could never be finished."""
         rows = rows_of(request, owner, self.limits.max_model_len)
+        assert rows and request.prompt_ids, "workers validate requests"
         self._check_length(rows[0])
         assert (owner, request.request_id) not in self._choices, "request ids are unique"
         self._choices[owner, request.request_id] = rows
@@ -321,7 +322,7 @@ class Scheduler:
         row.num_published = full
 
     def _emit(self, row: Row, logprobs: TokenLogprobs | None) -> None:
-        """Sends the newest token, and says whether it was the last."""
+        """Sends the newest token; if it was the last one, the row leaves."""
         self.stats.generation_tokens += 1
         reason = row.finish_reason()
         self._send(
