@@ -75,6 +75,7 @@ class EventStream(Response):
         self.background = None
         self.init_headers(STREAM_HEADERS | (headers or {}))
         self._started = False
+        self._ended = False
         self._spoke = time.monotonic()
         self._turn = asyncio.Lock()  # tokens and keep-alives are written by two tasks
 
@@ -84,8 +85,8 @@ class EventStream(Response):
         try:
             await while_connected(self._speak(send), receive)
             outcome = None
-        except ClientLeft:
-            outcome = "disconnected"
+        except ClientLeft:  # a server may say so the moment the last bytes are out: that is no leaving
+            outcome = None if self._ended else "disconnected"
         finally:
             self._generation.close(outcome)
 
@@ -124,6 +125,7 @@ class EventStream(Response):
                         self._started = True
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     await send({"type": "http.response.body", "body": data, "more_body": not last})
+                    self._ended = last
             except TimeoutError:
                 raise ClientLeft from None
             self._spoke = time.monotonic()

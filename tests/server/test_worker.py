@@ -153,6 +153,8 @@ def test_drain(start: Callable[..., Started], seconds: str, cut: bool) -> None:
         assert isinstance(last["error"]["code"], str) and len(lines) < 1200
     else:
         assert last["choices"][0]["finish_reason"] == "length"
+    entries = [json.loads(line) for line in server.output().splitlines() if line.startswith("{")]
+    assert [entry["outcome"] for entry in entries if "outcome" in entry] == ["error" if cut else "length"]
     assert "Traceback" not in server.output()
 
 
