@@ -28,13 +28,20 @@ class RunningServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """POST of a JSON body; patient, since many tests share few cores."""
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60)
+
     def openai(self, **options: Any) -> openai.OpenAI:
         """The official SDK pointed at this server, without retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
 
     def metric(self, name: str) -> float:
         """Sum of one metric's samples over labels and processes."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = self.get("/metrics").text.splitlines()
         samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
 
@@ -60,7 +67,7 @@ def start_server(*flags: str, env: dict[str, str] | None = None) -> RunningServe
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended with exit code {process.returncode}"
         try:
-            if httpx.get(f"{server.url}/health/ready").status_code == 200:
+            if server.get("/health/ready").status_code == 200:
                 return server
         except httpx.TransportError:
             pass
@@ -76,15 +83,17 @@ class Reference:
     model: Any
     tokenizer: Any
 
-    def text(self, prompt: str, max_new_tokens: int) -> str:
-        """Greedy continuation of one prompt alone, special tokens left out."""
-        return self.continuations([prompt], max_new_tokens)[0]
+    def text(self, prompt: str, max_new_tokens: int, **options: Any) -> str:
+        """Greedy continuation of one prompt alone, special tokens left out; options as for `generate()`."""
+        return self.continuations([prompt], max_new_tokens, **options)[0]
 
-    def continuations(self, prompts: list[str], max_new_tokens: int, padding_side: str = "left") -> list[str]:
+    def continuations(
+        self, prompts: list[str], max_new_tokens: int, padding_side: str = "left", **options: Any
+    ) -> list[str]:
         """Greedy continuations of prompts in one padded batch."""
         self.tokenizer.padding_side = padding_side
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt")
-        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **options)
         width = inputs["input_ids"].shape[1]
         return list(self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
 

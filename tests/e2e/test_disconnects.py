@@ -5,7 +5,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import httpx
 import pytest
 from harness import RunningServer, start_server
 
@@ -48,7 +47,7 @@ def idle(server: RunningServer) -> bool:
 
 
 def left(server: RunningServer) -> float:
-    text = httpx.get(f"{server.url}/metrics").text.splitlines()
+    text = server.get("/metrics").text.splitlines()
     lines = [line for line in text if line.startswith("ropeway_requests_total") and 'outcome="disconnected"' in line]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 from harness import RunningServer, start_server
@@ -48,13 +47,13 @@ def test_readiness_follows_the_engine(fresh: RunningServer) -> None:
     """Guards balancers: not ready within a second of the engine's death, alive all the while, ready again after."""
     os.kill(engine_pid(fresh), signal.SIGKILL)
     begin = time.monotonic()
-    while httpx.get(f"{fresh.url}/health/ready").status_code == 200:
+    while fresh.get("/health/ready").status_code == 200:
         assert time.monotonic() - begin < 1
-    assert httpx.get(f"{fresh.url}/health/live").status_code == 200
-    refused = httpx.post(f"{fresh.url}/v1/completions", json={"prompt": "1", "max_tokens": 1})
+    assert fresh.get("/health/live").status_code == 200
+    refused = fresh.post("/v1/completions", prompt="1", max_tokens=1)
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_restarting"
     assert 1 <= int(refused.headers["retry-after"]) <= 120
-    while httpx.get(f"{fresh.url}/health/ready").status_code != 200:
+    while fresh.get("/health/ready").status_code != 200:
         assert time.monotonic() - begin < 120
         time.sleep(0.05)
     assert fresh.openai().completions.create(model="", prompt="1, 2", max_tokens=2).choices[0].text

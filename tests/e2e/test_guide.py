@@ -3,7 +3,6 @@
 The reference is `generate()` on the same weights; texts are compared exactly.
 """
 
-import httpx
 import openai
 import pytest
 from harness import Reference, RunningServer
@@ -15,8 +14,7 @@ PIRATE = [
 
 
 def complete(server: RunningServer, prompt: str, **options: object) -> str:
-    body = {"prompt": prompt, "temperature": 0} | options
-    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    answer = server.post("/v1/completions", **{"prompt": prompt, "temperature": 0} | options)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["text"])
 
@@ -31,9 +29,7 @@ def test_default_generate(server: RunningServer, reference: Reference) -> None:
 
 def test_default_length(server: RunningServer, reference: Reference) -> None:
     """Guards the pitfall "output length": without max_tokens the answer is short, and the server says so."""
-    answer = httpx.post(
-        f"{server.url}/v1/completions", json={"prompt": "A sequence of numbers: 1, 2", "temperature": 0}
-    )
+    answer = server.post("/v1/completions", prompt="A sequence of numbers: 1, 2", temperature=0)
     choice, usage = answer.json()["choices"][0], answer.json()["usage"]
     assert choice["text"] == reference.text("A sequence of numbers: 1, 2", usage["completion_tokens"])
     assert choice["text"].startswith(", 3, 4, 5")
@@ -91,12 +87,13 @@ def test_sampled_chat(server: RunningServer) -> None:
     assert len(text) > 20
 
 
-def test_common_options(server: RunningServer) -> None:
+def test_common_options(server: RunningServer, reference: Reference) -> None:
     """Guards the table of common options: temperature, repetition_penalty and a chosen end token work."""
     text = complete(server, "A sequence of numbers: 1, 2", max_tokens=30)
-    ids = httpx.post(f"{server.url}/tokenize", json={"prompt": ",", "add_special_tokens": False}).json()["tokens"]
+    ids = server.post("/tokenize", prompt=",", add_special_tokens=False).json()["tokens"]
     assert complete(server, "A sequence of numbers: 1", max_tokens=30, stop_token_ids=ids) == ""
-    assert complete(server, "A sequence of numbers: 1, 2", max_tokens=30, repetition_penalty=2.0) != text
+    penalised = complete(server, "A sequence of numbers: 1, 2", max_tokens=30, repetition_penalty=8.0)
+    assert penalised == reference.text("A sequence of numbers: 1, 2", 30, repetition_penalty=8.0) != text
     assert complete(server, "A sequence of numbers: 1, 2", max_tokens=30, temperature=0.01, seed=5) == text
 
 
