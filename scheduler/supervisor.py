@@ -69,7 +69,7 @@ logger = logging.getLogger("ropeway.supervisor")
 
 TICK = 0.25
 """Seconds between looks at the clock when nothing else happens."""
-GRACE = 2.0
+GRACE = 5.0
 """Seconds a child gets to exit after it was due."""
 FAREWELL = 5.0
 """Seconds the workers get to tell every stream that the engine is lost."""
