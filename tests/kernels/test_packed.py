@@ -112,5 +112,5 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     forward = PackedForward(model, KVPool(2, BLOCK_SIZE))  # block 3 is not there
     with pytest.raises(IndexError):
         forward(step())
-    with pytest.raises(LookupError):
+    with pytest.raises(LookupError, match="ropeway_step"):
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False)

@@ -91,6 +91,18 @@ def test_lag_changes_nothing(model: PreTrainedModel) -> None:
     assert generate(make_runner(model), SEEDED, 20, 0) == generate(make_runner(model), SEEDED, 20, 1)
 
 
+def test_noise_follows_the_position(model: PreTrainedModel) -> None:
+    """Guards seeds: the position given to the sampler is the sampled token's, however the prompt was cut."""
+    whole, cut = make_runner(model), make_runner(model)
+    params = SamplingParams(temperature=3.0, seed=11)
+    wanted = run_one(whole, [RowInput(0, PROMPTS[2], 0, table(0))], [params]).token_ids
+    for start, stop in ((0, 4), (4, 5), (5, 11)):
+        row = RowInput(0, PROMPTS[2][start:stop], start, table(0), sample=stop == 11)
+        joins = [RowState(0, params, PROMPTS[2], [])] if start == 0 else []
+        output = cut.launch(StepInput([row], joins)).read()
+    assert output.token_ids == wanted
+
+
 def run_one(runner: ModelRunner, rows: list[RowInput], params: list[SamplingParams]) -> StepOutput:
     joins = [RowState(row.state_slot, p, row.token_ids, []) for row, p in zip(rows, params, strict=True)]
     return runner.launch(StepInput(rows, joins)).read()
