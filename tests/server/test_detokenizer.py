@@ -17,6 +17,7 @@ TOKENIZERS = {
         text_samples.byte_fallback,
         text_samples.metaspace,
         text_samples.word_piece,
+        text_samples.word_piece_bytes,
     )
 }
 kinds = pytest.mark.parametrize("kind", TOKENIZERS)

@@ -87,6 +87,25 @@ def test_stop_string_ends_usage_text_and_row() -> None:
     asyncio.run(check())
 
 
+def test_rows_that_crossed_the_abort() -> None:
+    """Guards the lag: a token computed after the stop is never counted or shown while the other choice goes on."""
+    wakes: list[Wake] = [
+        [row(0, IDS[:4]), row(1, IDS[:1])],
+        [row(0, IDS[4:8]), row(1, IDS[1:2])],
+        [row(0, [], "error", error="late"), row(1, IDS[-1:], "length")],
+    ]
+    (first, second), generation = run(wakes, n=2, stop=("llo",))
+    assert (first.text, first.stop_reason) == ("He", "llo") and len(first.token_ids) <= 4
+    assert second.token_ids == [*IDS[:2], IDS[-1]] and second.finish_reason == "length"
+    assert generation.usage.completion_tokens == len(first.token_ids) + 3
+
+
+def test_no_stop_string_before_min_tokens() -> None:
+    """Guards min_tokens: stop tokens are banned until then, and stop strings do not count."""
+    (choice,), _ = run(in_steps([IDS], [1]), stop=("llo", "test"), sampling=SamplingParams(min_tokens=8))
+    assert choice.stop_reason == "test" and choice.text == TEXT.partition("test")[0]
+
+
 def test_stop_string_that_never_comes_is_given_back() -> None:
     """Guards the last characters: what was held back for a stop string belongs to the text at the end."""
     (choice,), _ = run(in_steps([IDS], [1]), stop=("test.!",))

@@ -63,3 +63,11 @@ def word_piece() -> Tokenizer:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(SPECIALS)
     return tokenizer
+
+
+def word_piece_bytes() -> Tokenizer:
+    """Neighbours and byte fallback together: tokenizers' own stream raises on most random ids of it."""
+    tokenizer = word_piece()
+    tokenizer.add_tokens([f"<0x{byte:02X}>" for byte in range(256)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.WordPiece(cleanup=False)])
+    return tokenizer
