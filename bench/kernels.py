@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -23,13 +23,13 @@ import torch
 import triton
 
 from ropeway.kernels import triton_attention
-from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.sampler import Sampler
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.sampling_state import SamplingState
 from ropeway.kernels.step import RowState
 from ropeway.kernels.triton_attention import RaggedRows, Tiling, paged_attention
-from ropeway.kernels.triton_cache import BlockCopier, write_kv
+from ropeway.kernels.triton_cache import copy_blocks, write_kv
+from ropeway.kernels.triton_jit import upload
 from ropeway.kernels.triton_sampler import TritonSampler
 
 HEADS, KV_HEADS, HEAD, BLOCK_SIZE, VOCABULARY = 32, 8, 128, 16, 128_256
@@ -49,7 +49,7 @@ DECODE = [
 CHUNKS = [(2048, 2048), (8192, 8192), (512, 8192), (64, 8192)]
 """(tokens of the chunk, context after it)."""
 SHORT_TILINGS = [
-    *(Tiling(16, n, warps, stages) for n, warps, stages in product((32, 64), (2, 4), (3, 5))),
+    *(Tiling(16, n, warps, stages) for n, warps, stages in product((32, 64), (2, 4), (3, 5, 7))),
     *(Tiling(16, 128, warps, 3) for warps in (4, 8)),
 ]
 LONG_TILINGS = [
@@ -57,8 +57,7 @@ LONG_TILINGS = [
     Tiling(128, 64, 8, 5),
     Tiling(128, 32, 8, 3),
     Tiling(128, 128, 8, 3),
-    Tiling(64, 64, 4, 3),
-    Tiling(64, 32, 4, 3),
+    *(Tiling(64, n, 4, stages) for n, stages in product((32, 64), (3, 5))),
 ]
 WANTED = [256, 512, 1024, 2048]
 
@@ -79,15 +78,16 @@ class Report:
         print(json.dumps(line | machine | {"command": "python bench/kernels.py"}), flush=True)
 
 
-def graph_seconds(work: Callable[[], Any], repeat: int = 15) -> float:
-    """Median seconds of one replay of `work`."""
+def graph_seconds(work: Callable[[], Any], times: int = 1) -> float:
+    """Median seconds of `work` in a graph that holds it some times over."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
+        for _ in range(times):
+            work()
     graph.replay()
-    return event_seconds(graph.replay, repeat)
+    return event_seconds(graph.replay) / times
 
 
 def event_seconds(work: Callable[[], Any], repeat: int = 15) -> float:
@@ -166,7 +166,7 @@ def tuned(short: Tiling | None = None, long: Tiling | None = None, wanted: int |
 def compile_tiling(job: tuple[str, Tiling]) -> str:
     """Fill Triton's cache on disk with one tiling's kernels, split in all ways and not; in a process of its own."""
     kind, tiling = job
-    storage = torch.randn(1 << 24, device="cuda", dtype=torch.bfloat16)
+    storage = torch.randn(1 << 25, device="cuda", dtype=torch.bfloat16)
     try:
         with tuned(**{kind: tiling}):
             for wanted in [1, *(8 << i for i in range(7))]:
@@ -197,13 +197,13 @@ def tune(storage: torch.Tensor) -> None:
 
 
 def rank(name: str, case: Attention, n: int, context: int, choices: list[tuple[Tiling, int]]) -> None:
-    """Times the choices, prints the best five."""
+    """Times the choices and prints the best five: us, programs wanted, block_m, block_n, warps, stages."""
     results = []
     for tiling, wanted in choices:
         with tuned(tiling, tiling, wanted):
             results.append((case.seconds() * 1e6, wanted, *asdict(tiling).values()))
     best = [[round(result[0], 2), *result[1:]] for result in sorted(results)[:5]]
-    print(json.dumps({"tune": name, "n": n, "context": context, "us,wanted,m,n,warps,stages": best}), flush=True)
+    print(json.dumps({"tune": name, "n": n, "context": context, "best": best}), flush=True)
 
 
 def time_attention(report: Report, storage: torch.Tensor) -> None:
@@ -226,25 +226,29 @@ def time_attention(report: Report, storage: torch.Tensor) -> None:
 
 def time_cache(report: Report) -> None:
     for tokens in (1, 64, 256, 2048):
-        pool = KVPool(4096, BLOCK_SIZE)
-        k, v = (torch.randn(tokens, KV_HEADS, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        pools = [torch.zeros(4096, BLOCK_SIZE, KV_HEADS, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        new = [torch.randn(tokens, KV_HEADS, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         slots = torch.randperm(4096 * BLOCK_SIZE, device="cuda")[:tokens]
-        pool.write(0, slots, k, v)
-        report.add(
-            f"write {tokens} tokens, index_copy_", graph_seconds(lambda p=pool, s=slots, k=k, v=v: p.write(0, s, k, v))
-        )
-        args = (*pool.layer(0), slots, k, v)
-        report.add(f"write {tokens} tokens, Triton", graph_seconds(lambda args=args: write_kv(*args)))
-    pool = KVPool(512, BLOCK_SIZE)
-    for layer in range(32):
-        pool.write(layer, torch.arange(1, device="cuda"), k[:1], v[:1])
-    copier = BlockCopier([part for layer in range(32) for part in pool.layer(layer)])
+
+        def index_copy(pools: list[torch.Tensor], new: list[torch.Tensor], slots: torch.Tensor) -> None:
+            for pool, part in zip(pools, new, strict=True):
+                pool.flatten(0, 1).index_copy_(0, slots, part)
+
+        ours = graph_seconds(lambda p=pools, n=new, s=slots: write_kv(*p, s, *n), times=32)
+        theirs = graph_seconds(lambda p=pools, n=new, s=slots: index_copy(p, n, s), times=32)
+        report.add(f"write {tokens} tokens", ours, torch_us=round(theirs * 1e6, 2))
+    pools = [torch.zeros(512, BLOCK_SIZE, KV_HEADS, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(64)]
     for count in (1, 32):
         pairs = torch.randperm(500, device="cuda")[: 2 * count].view(count, 2).int()
-        for name, copy in (("index_copy_", pool.copy_blocks), ("Triton", copier)):
-            copy(pairs)
-            seconds = event_seconds(lambda copy=copy, pairs=pairs: copy(pairs))
-            report.add(f"copy {count} blocks in 32 layers, {name}, launches included", seconds)
+
+        def index_ops(pairs: torch.Tensor) -> None:
+            for pool in pools:
+                pool.index_copy_(0, pairs[:, 1].long(), pool.index_select(0, pairs[:, 0]))
+
+        copy_blocks(pools, pairs)
+        ours = event_seconds(lambda at=pairs: copy_blocks(pools, at))
+        theirs = event_seconds(lambda at=pairs: index_ops(at))
+        report.add(f"copy {count} blocks in 32 layers, eager", ours, torch_us=round(theirs * 1e6))
 
 
 def time_sampler(report: Report) -> None:
@@ -260,18 +264,19 @@ def time_sampler(report: Report) -> None:
         if sharpness != 3.0 and not params.top_k:
             continue
         logits = torch.randn(rows, VOCABULARY, device="cuda") * sharpness
+        state = SamplingState(rows, VOCABULARY, torch.device("cuda"))
+        state.join([RowState(i, replace(params, seed=i), [1, 2, 3], []) for i in range(rows)])
+        needs = [row for row in state.needs if row is not None]
         slots = torch.arange(rows)
-        seconds = {}
-        for sampler_type in (TritonSampler, Sampler):
-            state = SamplingState(rows, VOCABULARY, torch.device("cuda"))
-            state.join([RowState(i, params, [1, 2, 3], []) for i in range(rows)])
-            sampler = sampler_type(state)
-            sampler.sample(logits, slots, slots)
-            seconds[sampler_type] = event_seconds(lambda s=sampler, x=logits, at=slots: s.sample(x, at, at), 7)
-        figures = {"torch_us": round(seconds[Sampler] * 1e6)}
-        report.add(
-            f"sample {name}, {rows} rows, logits x {sharpness}, launches included", seconds[TritonSampler], **figures
-        )
+        inputs = upload(torch.stack((slots, slots, slots * 0 + 2 * needs[0].penalties)), logits.device)
+        ours, theirs = TritonSampler(state), Sampler(state)
+        theirs.sample(logits, slots, slots)
+        figures = {
+            "eager_us": round(event_seconds(lambda s=ours, x=logits, at=slots: s.sample(x, at, at), 5) * 1e6),
+            "torch_us": round(event_seconds(lambda s=theirs, x=logits, at=slots: s.sample(x, at, at), 3) * 1e6),
+        }
+        seconds = graph_seconds(lambda s=ours, x=logits, i=inputs, n=needs: s.launch(x, i, n, []))
+        report.add(f"sample {name}, {rows} rows, logits x {sharpness}", seconds, **figures)
 
 
 def main() -> None:
@@ -283,7 +288,7 @@ def main() -> None:
         part.normal_()
     report = Report()
     half = len(storage) // 2
-    seconds = graph_seconds(lambda: storage[:half].copy_(storage[half:]))
+    seconds = event_seconds(lambda: storage[:half].copy_(storage[half:]))
     report.copy_bandwidth = 4 * half / seconds / 1e9
     report.add("copy", seconds, GBps=round(report.copy_bandwidth))
     if arguments.tune:
@@ -292,7 +297,10 @@ def main() -> None:
     time_cache(report)
     time_sampler(report)
     for line in report.cases:
-        print(*(line.get(name, "") for name in ("case", "us", "GBps", "of_copy", "TFLOPs", "torch_us")), sep="\t")
+        print(
+            *(line.get(name, "") for name in ("case", "us", "GBps", "of_copy", "TFLOPs", "eager_us", "torch_us")),
+            sep="\t",
+        )
 
 
 if __name__ == "__main__":

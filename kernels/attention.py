@@ -1,15 +1,18 @@
 """Attention of ragged query rows over the KV pool: plain torch, the CPU path and the reference of every kernel.
 
+On a GPU `triton_attention.py` does the work, but for float64.
 Knows slots, rows and masks; no model. All decode rows of about the same context go in one grouped call, each longer
 chunk goes alone, so that no row pays for another's length. KV heads are never expanded.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
+from ropeway.kernels import triton_attention
 from ropeway.kernels.batch import LeftPaddedBatch
 
 MAX_SCORES = 1 << 24
@@ -74,7 +77,15 @@ class AttentionMetadata:
     """What attention needs of one step's batch; made once per step, shared by all layers."""
 
     def __init__(self, batch: LeftPaddedBatch) -> None:
-        self.groups = [_Group(batch, rows, _tokens_of(batch, rows)) for rows in _grouped_rows(batch)]
+        self._batch = batch
+
+    @cached_property
+    def groups(self) -> list[_Group]:
+        return [_Group(self._batch, rows, _tokens_of(self._batch, rows)) for rows in _grouped_rows(self._batch)]
+
+    @cached_property
+    def ragged(self) -> triton_attention.RaggedRows:
+        return triton_attention.RaggedRows.of(self._batch)
 
 
 def context_slots(block_table: torch.Tensor, context_len: torch.Tensor, block_size: int, width: int) -> torch.Tensor:
@@ -118,6 +129,14 @@ def paged_attention(
     Returns:
         [N,Hq,Dv] in q's dtype; the softmax is at least fp32. A row without context gets finite values of no meaning.
     """
+    if q.is_cuda and q.dtype != torch.float64:
+        return triton_attention.paged_attention(
+            *(q, k_pool, v_pool, metadata.ragged),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
     out = q.new_empty(*q.shape[:2], v_pool.shape[-1])
     for group in metadata.groups:
         gather = group.gather(sliding_window)

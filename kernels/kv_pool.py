@@ -6,6 +6,8 @@ owns it and attention never reads it for a real row.
 
 import torch
 
+from ropeway.kernels import triton_cache
+
 
 class KVPool:
     """Pools `[num_blocks, block_size, kv_heads, head_dim]`, made when a layer first writes.
@@ -42,6 +44,9 @@ class KVPool:
         """Store new tokens: slots [N] int64, k [N,kv_heads,D], v [N,kv_heads,Dv]."""
         if layer not in self._layers:
             self._layers[layer] = (self._new(k), self._new(v))
+        if k.is_cuda:
+            triton_cache.write_kv(*self._layers[layer], slots, k, v)
+            return
         for pool, new in zip(self._layers[layer], (k, v), strict=True):
             pool.flatten(0, 1).index_copy_(0, slots, new)
 
@@ -49,10 +54,13 @@ class KVPool:
         """Copy whole blocks in every layer: pairs [C,2] (source, destination), read before any is written."""
         if pairs.shape[0] == 0:
             return
+        pools = [pool for pair in self._layers.values() for pool in pair]
+        if pairs.is_cuda:
+            triton_cache.copy_blocks(pools, pairs)
+            return
         source, destination = pairs.long().unbind(1)
-        for pair in self._layers.values():
-            for pool in pair:
-                pool.index_copy_(0, destination, pool.index_select(0, source))
+        for pool in pools:
+            pool.index_copy_(0, destination, pool.index_select(0, source))
 
     def _new(self, new: torch.Tensor) -> torch.Tensor:
         pool = new.new_empty(self.num_blocks, self.block_size, *new.shape[1:])

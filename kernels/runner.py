@@ -22,6 +22,7 @@ from ropeway.kernels.rope import fix_rope
 from ropeway.kernels.sampler import Sampled, Sampler
 from ropeway.kernels.sampling_state import SamplingState
 from ropeway.kernels.step import RowInput, StepInput, StepOutput, TokenLogprobs
+from ropeway.kernels.triton_sampler import TritonSampler
 
 
 @dataclass(slots=True, frozen=True)
@@ -176,7 +177,8 @@ def build_runner(
     pool = KVPool(num_blocks, block_size)
     forward = (PackedForward if choice.layout == "packed" else PaddedForward)(loaded.model, pool)
     _warm_up(forward, block_size, loaded.device)
-    sampler = Sampler(SamplingState(max_num_seqs, loaded.vocab_size, loaded.device))
+    state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
+    sampler = TritonSampler(state) if loaded.device.type == "cuda" else Sampler(state)
     progress("ready", 1.0)
     return ModelRunner(forward, pool, sampler, block_size, loaded.device), RunnerInfo(
         architecture=loaded.architecture,

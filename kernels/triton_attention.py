@@ -78,12 +78,14 @@ def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     if itemsize == 4:  # without tf32 there is no matrix unit to feed
         return short_tiling(group, head, head_v, itemsize)
     block_n = min(64, _block_n(head, head_v, itemsize))
-    return Tiling(max(128, next_power_of_2(group)), block_n, warps=8, stages=3)
+    block_m = 128 if max(head, head_v) <= 256 else 64
+    return Tiling(max(block_m, next_power_of_2(group)), block_n, warps=8, stages=3)
 
 
 def _block_n(head: int, head_v: int, itemsize: int) -> int:
-    """Keys whose K and V take about 32 KiB, so that a pipeline of three such stages fits into shared memory."""
-    return max(16, min(128, 32768 // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)))
+    """Keys whose K and V take at most 32 KiB, so that a pipeline of such stages fits into shared memory."""
+    keys = 32768 // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)
+    return max(16, min(128, next_power_of_2(keys + 1) // 2))
 
 
 def paged_attention(
@@ -104,7 +106,7 @@ def paged_attention(
         k_pool: [num_blocks,block_size,Hkv,D], contiguous; query head h reads KV head h // (Hq / Hkv).
         v_pool: [num_blocks,block_size,Hkv,Dv], contiguous.
         rows: of the batch with these N tokens.
-        scale: factor of q.k.
+        scale: factor of q.k, above 0.
         sliding_window: a key is visible iff query position - key position < sliding_window.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
         sinks: [Hq], per head one logit more in the softmax, which has no value (gpt-oss, arXiv:2309.17453).
@@ -114,7 +116,7 @@ def paged_attention(
         at keys that no token of a tile sees is not read; a row without context gets zeros.
     """
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and q.stride(2) == 1
-    assert q.dtype == k_pool.dtype == v_pool.dtype
+    assert q.dtype == k_pool.dtype == v_pool.dtype and scale > 0
     call = _Call(q, k_pool, v_pool, rows, scale, sliding_window, softcap, sinks)
     out = q.new_empty(*q.shape[:2], v_pool.shape[3])
     group = q.shape[1] // k_pool.shape[2]

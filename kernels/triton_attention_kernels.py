@@ -108,21 +108,25 @@ def _walk(
         else:
             k = tl.load(k_at)
         score = tl.dot(q, k, input_precision="ieee")
-        if SOFTCAP:  # noqa: SIM108
+        if SOFTCAP:
             # softcap * tanh(x), since tanh(x) = 1 - 2 / (exp(2x) + 1); `scale` holds 2 / softcap, both in base 2.
             score = softcap - 2 * softcap / (tl.exp2(score * scale) + 1)
-        else:
-            score = score * scale
         if MASKED:
             visible = seen[None, :] & (key[None, :] <= position[:, None])
             if WINDOW:
                 visible = visible & (position[:, None] - key[None, :] < window)
             score = tl.where(visible, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, 1))
+        highest_score = tl.max(score, 1)
+        if not SOFTCAP:
+            highest_score = highest_score * scale
+        new_peak = tl.maximum(peak, highest_score)
         origin = new_peak
         if MASKED:
             origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(score - origin[:, None])
+        if SOFTCAP:  # noqa: SIM108
+            weight = tl.exp2(score - origin[:, None])
+        else:
+            weight = tl.exp2(score * scale - origin[:, None])  # one fused multiply-add
         shrink = tl.exp2(peak - origin)
         total = total * shrink + tl.sum(weight, 1)
         if MASKED or BLOCK_DV != HEAD_V:
@@ -180,6 +184,7 @@ def attend(
     if not SHORT:
         tile = tl.num_programs(0) // KV_HEADS // splits - 1 - tile
     row, first, left, tokens = _locate(row_start, rows, tile, SHORT, SHORT_QUERY, BLOCK_Q)
+    context = tl.load(context_len + row)
     if tokens <= 0:
         return
     pair = tl.arange(0, BLOCK_M)
@@ -189,7 +194,7 @@ def attend(
 
     # positions of the row    0 ... lowest ............ first_position ... highest ... context - 1
     #                               keys seen by any    the tile's tokens
-    first_position = tl.load(context_len + row) - left
+    first_position = context - left
     highest = first_position + tokens - 1
     lowest = 0
     if WINDOW:

@@ -1,6 +1,7 @@
 """Writing and copying KV blocks on the GPU, in Triton: what `KVPool.write` and `KVPool.copy_blocks` do in torch.
 
-Knows slots and blocks, not rows. One launch writes K and V of a layer; two launches copy blocks in all layers.
+Knows slots and blocks, not rows. One launch writes K and V of a layer, two copy blocks in all layers
+of one size.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
+from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2, upload
 
 try:
     import triton.language as tl
@@ -23,12 +24,12 @@ COPY_WORDS = 1024
 
 def write_kv(k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store new tokens: pools [num_blocks,block_size,Hkv,D] and [..,Dv], contiguous; slots [N] int64; k [N,Hkv,D] and
-    v [N,Hkv,Dv] of the pools' dtype, the last dimension dense. Tokens of one slot (padding) write in any order."""
-    assert k_pool.is_contiguous() and v_pool.is_contiguous() and k.stride(2) == v.stride(2) == 1
+    v [N,Hkv,Dv] of the pools' dtype, with any strides. Tokens of one slot (padding) write in any order."""
+    assert k_pool.is_contiguous() and v_pool.is_contiguous()
     assert k.dtype == k_pool.dtype and v.dtype == v_pool.dtype
     heads, head, head_v = *k.shape[1:], v.shape[2]
     _write[(slots.shape[0],)](
-        *(k_pool, v_pool, slots, k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        *(k_pool, v_pool, slots, k, v, *k.stride(), *v.stride()),
         HEADS=heads,
         HEAD=head,
         HEAD_V=head_v,
@@ -38,29 +39,19 @@ def write_kv(k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, k:
     )
 
 
-class BlockCopier:
-    """Copies blocks within every pool of a cache.
-
-    Args:
-        pools: [num_blocks,...] contiguous, on one device, alike in shape and dtype; a block is a multiple of 8 bytes.
-    """
-
-    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
-        first = pools[0]
-        assert all(pool.is_contiguous() and pool.shape == first.shape and pool.dtype == first.dtype for pool in pools)
-        self._pools = list(pools)  # keeps them where `_addresses` says they are
-        self._words = first[0].nbytes // 8
-        assert self._words * 8 == first[0].nbytes
-        self._addresses = torch.tensor([pool.data_ptr() for pool in pools], device=first.device)
-
-    def __call__(self, pairs: torch.Tensor) -> None:
-        """pairs [C,2] int32 (source, destination); all sources are read before any destination is written."""
-        if pairs.shape[0] == 0:
-            return
-        grid = (ceil_div(self._words, COPY_WORDS), len(self._pools), pairs.shape[0])
-        staged = torch.empty(*grid[1:], self._words, dtype=torch.int64, device=pairs.device)
+def copy_blocks(pools: Sequence[torch.Tensor], pairs: torch.Tensor) -> None:
+    """Copy blocks within every pool: pools [num_blocks,...] contiguous, a block a multiple of 8 bytes; pairs [C,2]
+    int32 (source, destination), C > 0; all sources are read before any destination is written."""
+    by_words: dict[int, list[int]] = {}
+    for pool in pools:
+        assert pool.is_contiguous() and pool[0].nbytes % 8 == 0
+        by_words.setdefault(pool[0].nbytes // 8, []).append(pool.data_ptr())
+    for words, addresses in by_words.items():
+        bases = upload(torch.tensor(addresses), pairs.device)
+        grid = (ceil_div(words, COPY_WORDS), len(addresses), pairs.shape[0])
+        staged = torch.empty(*grid[1:], words, dtype=torch.int64, device=pairs.device)
         for gather in (True, False):
-            _copy[grid](self._addresses, staged, pairs, WORDS=self._words, BLOCK=COPY_WORDS, GATHER=gather)
+            _copy[grid](bases, staged, pairs, WORDS=words, BLOCK=COPY_WORDS, GATHER=gather)
 
 
 @jit()
@@ -72,8 +63,10 @@ def _write(
     v,
     k_stride_token,
     k_stride_head,
+    k_stride_dim,
     v_stride_token,
     v_stride_head,
+    v_stride_dim,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_V: tl.constexpr,
@@ -86,10 +79,10 @@ def _write(
     head = tl.arange(0, BLOCK_H)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
     mask = (head < HEADS) & (dim < HEAD)
-    new = tl.load(k + token * k_stride_token + head * k_stride_head + dim, mask=mask)
+    new = tl.load(k + token * k_stride_token + head * k_stride_head + dim * k_stride_dim, mask=mask)
     tl.store(k_pool + (slot * HEADS + head) * HEAD + dim, new, mask=mask)
     mask = (head < HEADS) & (dim < HEAD_V)
-    new = tl.load(v + token * v_stride_token + head * v_stride_head + dim, mask=mask)
+    new = tl.load(v + token * v_stride_token + head * v_stride_head + dim * v_stride_dim, mask=mask)
     tl.store(v_pool + (slot * HEADS + head) * HEAD_V + dim, new, mask=mask)
 
 

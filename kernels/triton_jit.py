@@ -6,6 +6,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 try:
     import triton
 except ImportError:
@@ -36,3 +38,8 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not below n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

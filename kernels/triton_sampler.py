@@ -16,45 +16,39 @@ from collections.abc import Sequence
 
 import torch
 
-from ropeway.kernels.sampler import Sampled
-from ropeway.kernels.sampling_state import SMALLEST_TEMPERATURE, Needs, SamplingState
-from ropeway.kernels.triton_jit import ceil_div, next_power_of_2
+from ropeway.kernels.sampler import Sampled, Sampler
+from ropeway.kernels.sampling_state import SMALLEST_TEMPERATURE, Needs
+from ropeway.kernels.triton_jit import ceil_div, next_power_of_2, upload
 from ropeway.kernels.triton_sampler_kernels import choose, draw, find_peaks, process
 
 BLOCK = 4096
 """Tokens per chunk."""
 
 
-class TritonSampler:
+class TritonSampler(Sampler):
     """Samples one token per row, and counts it where the row has penalties."""
-
-    def __init__(self, state: SamplingState) -> None:
-        self.state = state
 
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
         """logits [L, V] contiguous (unchanged); slots [L] int64 on the host, of rows that have joined, each once;
         positions [L] int64 on the host, of the token to be sampled in its sequence."""
         needs = [self._needs(slot) for slot in slots.tolist()]
         flags = torch.tensor([row.bias + 2 * row.penalties for row in needs])
-        inputs = _upload(torch.stack((slots, positions, flags)), logits.device)
+        inputs = upload(torch.stack((slots, positions, flags)), logits.device)
         bans = [
             (index, token_id)
             for index, (row, position) in enumerate(zip(needs, positions.tolist(), strict=True))
             if position < row.ban_stop_until
             for token_id in row.stop_token_ids
         ]
-        token_ids, finite = self._launch(logits, inputs, needs, bans)
+        token_ids, finite = self.launch(logits, inputs, needs, bans)
         return Sampled(token_ids, finite, *_logprobs(logits, token_ids, [row.logprobs for row in needs]))
 
-    def _needs(self, slot: int) -> Needs:
-        needs = self.state.needs[slot]
-        assert needs is not None, f"no row joined at slot {slot}"
-        return needs
-
-    def _launch(
+    def launch(
         self, logits: torch.Tensor, inputs: torch.Tensor, needs: list[Needs], bans: list[tuple[int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs [3, L] int64 on the device: slots, positions, flags. Returns ids [L] and whether finite [L]."""
+        """The part without logprobs: only launches, on what is on the device, so that it can be captured in a graph.
+
+        inputs [3, L] int64: slots, positions, flags. Returns ids [L] int64 and whether rows are finite [L] bool."""
         state, (rows, vocabulary) = self.state, logits.shape
         slots, positions, flags = inputs.unbind()
         biased, penalised = any(row.bias for row in needs), any(row.penalties for row in needs)
@@ -75,7 +69,7 @@ class TritonSampler:
                 BLOCK=BLOCK,
             )
         if bans:
-            at = _upload(torch.tensor(bans).T.contiguous(), logits.device)
+            at = upload(torch.tensor(bans).T.contiguous(), logits.device)
             scores.index_put_((at[0], at[1]), scores.new_full((), -torch.inf))
         find_peaks[(rows, chunks)](scores, peaks, peak_ids, vocabulary, BLOCK=BLOCK)
         cut = {"CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
@@ -101,11 +95,6 @@ class TritonSampler:
         return token_ids, finite.view(torch.bool)
 
 
-def _upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device, without waiting for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
 def _logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, wanted: Sequence[int | None]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -113,7 +102,7 @@ def _logprobs(
     asked = [index for index, count in enumerate(wanted) if count is not None]
     if not asked:
         return None, None, None
-    rows = _upload(torch.tensor(asked), logits.device)
+    rows = upload(torch.tensor(asked), logits.device)
     logprobs = logits[rows].float().log_softmax(-1)
     chosen = logits.new_zeros(len(wanted), dtype=torch.float32)
     chosen[rows] = logprobs.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)

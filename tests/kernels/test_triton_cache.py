@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from ropeway.kernels.kv_pool import KVPool
-from ropeway.kernels.triton_cache import BlockCopier, write_kv
+from ropeway.kernels.triton_cache import copy_blocks, write_kv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,14 +28,11 @@ def test_write(heads: int, head: int, head_v: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copy_blocks(dtype: torch.dtype) -> None:
-    """Guards the order: a block that is source and destination of one call is read before it is written."""
-    before = torch.randn(3, 9, 16, 5, 20, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
-    pools = list(before.clone().unbind())
-    BlockCopier(pools)(torch.tensor([[1, 2], [2, 3], [5, 1]], dtype=torch.int32, device=DEVICE))
-    before[:, [2, 3, 1]] = before[:, [1, 2, 5]]
-    assert torch.equal(torch.stack(pools), before)
-
-
-def test_nothing_to_copy() -> None:
-    """Guards the common step: an empty grid is an error on a GPU."""
-    BlockCopier([torch.zeros(2, 4, 2, 8, device=DEVICE)])(torch.empty(0, 2, dtype=torch.int32, device=DEVICE))
+    """Guards layers that differ in size, and the order: a block that is source and destination is read first."""
+    generator = torch.Generator().manual_seed(2)
+    before = [torch.randn(9, 16, 5, size, generator=generator).to(DEVICE, dtype) for size in (20, 20, 24)]
+    pools = [pool.clone() for pool in before]
+    copy_blocks(pools, torch.tensor([[1, 2], [2, 3], [5, 1]], dtype=torch.int32, device=DEVICE))
+    for pool, old in zip(pools, before, strict=True):
+        old[[2, 3, 1]] = old[[1, 2, 5]]
+        assert torch.equal(pool, old)
