@@ -384,7 +384,8 @@ def test_preemption_changes_no_token(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
+@pytest.mark.timeout(900)
+@settings(max_examples=2000, deadline=None)
 @given(scenarios())
 def test_same_tokens_in_thousands_of_scenarios(scenario: Scenario) -> None:
     """The same with fresh random scenarios in every run."""
