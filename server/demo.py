@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.markup import escape
 
-COLUMNS = 48
+COLUMNS = 40
+"""Most characters a row of the grid takes."""
 TOKENS_BETWEEN_JOINS = 14
 START_LIMIT_S = 120.0
 
@@ -75,7 +76,8 @@ class Picture:
         share = f", {100 * pads / (width * len(riding)):.0f}% pads" if riding else ""
         self.console.print(f"\n[bold]{event}[/bold]   batch {len(riding)} x {width}{share}")
         for row in riding:
-            self.console.print(f"  {row.name:<8} {self.cells(row, width)}  [dim]{escape(repr(row.text[-40:]))}[/dim]")
+            room = self.console.width - min(width, COLUMNS) - 18
+            self.console.print(f"  {row.name:<8} {self.cells(row, width)}  [dim]{escape(repr(row.text[-room:]))}[/dim]")
 
     def cells(self, row: DemoRow, width: int) -> str:
         """The row of the grid, right-aligned: pads shaded, prompt light, output solid; at most COLUMNS wide."""
@@ -169,8 +171,8 @@ def start_server(console: Console) -> tuple[subprocess.Popen[bytes], int]:
     """Starts `ropeway serve` on a free loopback port and waits until it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ropeway.server.cli", "serve", "--port", str(port)]
-    console.print(f"[dim]$ ropeway serve --port {port}[/dim]")
+    command = [sys.executable, "-m", "ropeway.server.cli", "serve", "--port", str(port), "--log-level", "warning"]
+    console.print(f"[dim]$ ropeway serve --port {port} --log-level warning[/dim]")
     process = subprocess.Popen(command)
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline and process.poll() is None:
