@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 from prometheus_client import CollectorRegistry
 from scripted import ScriptedClient, Wake
+from tokenizers.processors import TemplateProcessing
 from wire import Wire, events
 
 from ropeway.scheduler.client import EngineClient
@@ -24,11 +25,14 @@ from ropeway.server.settings import Settings
 from ropeway.server.tokenizer import TextTokenizer
 
 EOS = 3
+"""The template's end of a turn."""
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+BOS = 0
 BACKEND = text_samples.byte_level()
+BACKEND.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
 VOCAB = BACKEND.get_vocab_size() + 5
 SCHEMAS = json.loads(Path(__file__).with_name("openai_schemas.json").read_text())
 VALIDATORS = {name: Draft202012Validator({"$ref": f"#/$defs/{name}", **SCHEMAS}) for name in SCHEMAS["$defs"]}

@@ -37,6 +37,17 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     ],
 ]
 TEMPLATES = {
+    "blocks on lines of their own": """
+{% for message in messages %}
+    {% if message.role == 'user' %}
+<{{ message.content }}>
+    {% else %}
+({{ message.content }})
+    {% endif %}
+{% endfor %}
+  {% if add_generation_prompt %}
+assistant: {% endif %}
+""",
     "demo": (DEMO / "chat_template.jinja").read_text(),
     "features": """{{- bos_token }}
 {%- for message in messages %}

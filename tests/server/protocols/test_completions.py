@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from openai_app import EOS, VOCAB, Server, check, check_stream, ids
+from openai_app import BOS, EOS, VOCAB, Server, check, check_stream, ids
 from scripted import in_steps, row
 from wire import Wire
 
@@ -65,7 +65,7 @@ async def test_whole_answer() -> None:
     assert answer["id"].startswith("cmpl-") and answer["object"] == "text_completion"
     assert [choice["text"] for choice in answer["choices"]] == TEXTS
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
-    assert answer["usage"]["prompt_tokens"] == len(ids("Hello"))
+    assert answer["usage"]["prompt_tokens"] == 1 + len(ids("Hello"))
     assert answer["usage"]["completion_tokens"] == sum(len(ids(text)) for text in TEXTS)
     assert "x-ropeway-hint" not in wire.headers
 
@@ -103,8 +103,8 @@ async def test_logprobs() -> None:
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("Hello", [ids("Hello")]),
-        (["Hello", "a"], [ids("Hello"), ids("a")]),
+        ("Hello", [[BOS, *ids("Hello")]]),
+        (["Hello", "a"], [[BOS, *ids("Hello")], [BOS, *ids("a")]]),
         ([5, 6, 7], [[5, 6, 7]]),
         ([[5, 6], [7]], [[5, 6], [7]]),
         ([[VOCAB - 1]], [[VOCAB - 1]]),
