@@ -306,32 +306,35 @@ def _check_a_token_is_left(params: SamplingParams, vocab_size: int) -> None:
         raise invalid("logit_bias and stop_token_ids ban every token.", "logit_bias")
 
 
-def output_limit(fields: SamplingFields, prompt_tokens: int, context: int, default: int | None) -> int:
+def output_limit(
+    fields: SamplingFields, prompt_tokens: int, context: int, default: int | None, param: str = "messages"
+) -> int:
     """Output tokens a choice may have.
 
     Args:
         prompt_tokens: length of the prompt.
         context: most tokens of prompt and output together.
         default: if the request does not say; None = whatever the context leaves.
+        param: the field that holds the prompt.
 
     Raises: ApiError 400 `context_length_exceeded`.
     """
     asked = min(filter(None, (fields.max_tokens, fields.max_completion_tokens)), default=None)
     left = context - prompt_tokens
     if left < (asked or 1):
-        raise context_error(prompt_tokens, asked or 1, context)
+        raise context_error(prompt_tokens, asked or 1, context, param)
     limit = asked or min(default or left, left)
     if (fields.min_tokens or 0) > limit:
         raise invalid(f"min_tokens must be at most max_tokens, which is {limit} here.", "min_tokens")
     return limit
 
 
-def context_error(prompt_tokens: int, output_tokens: int, context: int) -> ApiError:
+def context_error(prompt_tokens: int, output_tokens: int, context: int, param: str) -> ApiError:
     """The contract's sentence for a request that does not fit."""
     return invalid(
         f"This model's maximum context length is {context} tokens. However, you requested "
         f"{prompt_tokens + output_tokens} tokens ({prompt_tokens} in the messages, {output_tokens} in the completion). "
         "Please reduce the length of the messages or completion.",
-        "messages",
+        param,
         "context_length_exceeded",
     )

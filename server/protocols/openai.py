@@ -57,15 +57,15 @@ def generation_request(
     Raises: ApiError 400.
     """
     info, tokenizer = services.require_loaded(), services.tokenizer
-    check_ids(prompt_ids, info.vocab_size, "prompt" if default_tokens == "short" else "messages")
+    field = "prompt" if default_tokens == "short" else "messages"
+    check_ids(prompt_ids, info.vocab_size, field)
     config = tokenizer.generation_config if services.settings.generation_config == "auto" else {}
     defaults = SamplingDefaults.from_generation_config(config)
     if logprobs is not None and logprobs > services.settings.max_logprobs:
         param = "top_logprobs" if default_tokens == "rest" else "logprobs"
         raise invalid(f"{param} must be an integer from 0 to {services.settings.max_logprobs}.", param)
-    limit = output_limit(
-        fields, len(prompt_ids), context_length(info), defaults.completion_tokens if default_tokens == "short" else None
-    )
+    default = defaults.completion_tokens if default_tokens == "short" else None
+    limit = output_limit(fields, len(prompt_ids), context_length(info), default, field)
     sampling = sampling_params(
         fields,
         defaults,

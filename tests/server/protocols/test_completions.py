@@ -169,7 +169,7 @@ async def test_default_length_says_so() -> None:
         ({"num_beams": 4}, "num_beams"),
         ({"n": 200}, "n"),
         ({"prompt": ["a"] * 200, "n": 2}, "n"),
-        ({"max_tokens": 10**12}, "messages"),
+        ({"max_tokens": 10**12}, "prompt"),
         ({"min_tokens": 60}, "min_tokens"),
     ],
 )
