@@ -64,6 +64,7 @@ class EngineLoop:
         self._links: dict[int, _Link] = {}
         self._next_beat = 0.0
         self._seen = StepStats()
+        self._busy = False  # whether the gauges tell of rows
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
@@ -117,12 +118,13 @@ class EngineLoop:
                 self._engine.abort(worker, message)
 
     def _step(self) -> None:
-        if not self._engine.has_work:
-            return
-        for worker, rows in self._engine.step(time.monotonic()).items():
-            self._send(worker, StepOutputs(self._context.generation, rows))
-        self._record()
-        if not self._engine.has_work:
+        if self._engine.has_work:
+            self._busy = True
+            for worker, rows in self._engine.step(time.monotonic()).items():
+                self._send(worker, StepOutputs(self._context.generation, rows))
+            self._record()
+        if self._busy and not self._engine.has_work:  # the last row ended in this step, or was aborted before it
+            self._busy = False
             self._metrics.idle()
 
     def _send(self, worker: int, message: FromEngine) -> None:

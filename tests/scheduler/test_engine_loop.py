@@ -175,6 +175,20 @@ def test_aborts_and_older_generations(start: Callable[..., World]) -> None:
     assert not one.pull.poll(0)
 
 
+def test_gauges_fall_with_an_abort(start: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards dashboards: when the last row is aborted no step follows, and the gauges must not tell of it for ever."""
+    world = start(1)
+    idle = threading.Event()
+    monkeypatch.setattr(world.loop._metrics, "idle", idle.set)
+    one = world.worker(1)
+    one.receive()
+    one.send(add(1, max_tokens=400))
+    one.receive()
+    assert not idle.is_set()
+    one.send(AbortRequest(GENERATION, 1))
+    assert idle.wait(LIMIT_MS / 1000)
+
+
 def test_a_worker_that_reads_nothing(start: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards everybody else: the loop never waits for it, drops its rows and reports it."""
     monkeypatch.setattr(engine_loop, "QUEUED_MESSAGES", 5)
