@@ -71,7 +71,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         command = [sys.executable, str(HERE / "fake_serve.py"), "serve", str(tmp_path), "--port", str(port), *flags]
-        environ = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent / 'scheduler'}"}
+        paths = [str(HERE), str(HERE.parent / "scheduler"), os.environ.get("PYTHONPATH", "")]
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environ)
         running.append(Started(process, f"http://127.0.0.1:{port}", tmp_path))
