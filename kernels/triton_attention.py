@@ -65,26 +65,26 @@ class Tiling:
     """Keys per tile."""
     warps: int
     stages: int
-    """Depth of the software pipeline of loads."""
+    """Depth of the software pipeline: the block table is read first, so K and V come half as far ahead."""
 
 
 def short_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     """Tiles of decode rows: `group` query heads per KV head, head sizes of K and V, bytes per number."""
-    return Tiling(max(16, next_power_of_2(group)), _block_n(head, head_v, itemsize), warps=4, stages=3)
+    return Tiling(max(16, next_power_of_2(group)), _keys(16384, head, head_v, itemsize), warps=4, stages=5)
 
 
 def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     """Tiles of prefill chunks, arguments as for `short_tiling`."""
     if itemsize == 4:  # without tf32 there is no matrix unit to feed
         return short_tiling(group, head, head_v, itemsize)
-    block_n = min(64, _block_n(head, head_v, itemsize))
     block_m = 128 if max(head, head_v) <= 256 else 64
-    return Tiling(max(block_m, next_power_of_2(group)), block_n, warps=8, stages=3)
+    block_n = min(64, _keys(32768, head, head_v, itemsize))
+    return Tiling(max(block_m, next_power_of_2(group)), block_n, warps=8, stages=5)
 
 
-def _block_n(head: int, head_v: int, itemsize: int) -> int:
-    """Keys whose K and V take at most 32 KiB, so that a pipeline of such stages fits into shared memory."""
-    keys = 32768 // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)
+def _keys(size: int, head: int, head_v: int, itemsize: int) -> int:
+    """Keys whose K and V take at most `size` bytes; the pipeline holds two such tiles."""
+    keys = size // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)
     return max(16, min(128, next_power_of_2(keys + 1) // 2))
 
 

@@ -44,8 +44,9 @@ def copy_blocks(pools: Sequence[torch.Tensor], pairs: torch.Tensor) -> None:
     int32 (source, destination), C > 0; all sources are read before any destination is written."""
     by_words: dict[int, list[int]] = {}
     for pool in pools:
-        assert pool.is_contiguous() and pool[0].nbytes % 8 == 0
-        by_words.setdefault(pool[0].nbytes // 8, []).append(pool.data_ptr())
+        words, rest = divmod(pool.nbytes, 8 * pool.shape[0])
+        assert pool.is_contiguous() and rest == 0
+        by_words.setdefault(words, []).append(pool.data_ptr())
     for words, addresses in by_words.items():
         bases = upload(torch.tensor(addresses), pairs.device)
         grid = (ceil_div(words, COPY_WORDS), len(addresses), pairs.shape[0])

@@ -5,7 +5,7 @@ device; the host, which knows what each row needs, only decides which launches a
 
     process      bias, penalties and bans, into a copy of the logits             rows that need one of these
     find_peaks   largest score of every chunk of the vocabulary                  always
-    draw         largest score + noise of every chunk                            rows with a temperature
+    draw         scores + noise, and the largest of every chunk                  rows with a temperature
     choose       a row's token: of the largest chunk, or after top-k/top-p/min-p always
 
 A row's result depends on its own logits, parameters and position alone: chunks have one size, and a row that is
@@ -55,8 +55,8 @@ class TritonSampler(Sampler):
         drawn = any(not row.greedy for row in needs)
         filtered = any(not row.greedy and row.filtered for row in needs)
         chunks = ceil_div(vocabulary, BLOCK)
-        peaks, raw_peaks, noisy = logits.new_empty(3, rows, chunks, dtype=torch.float32).unbind()
-        peak_ids, noisy_ids = logits.new_empty(2, rows, chunks, dtype=torch.int32).unbind()
+        peaks, raw_peaks, drawn_peaks = logits.new_empty(3, rows, chunks, dtype=torch.float32).unbind()
+        peak_ids, drawn_ids = logits.new_empty(2, rows, chunks, dtype=torch.int32).unbind()
         scores = logits
         history = inputs if state.history is None else state.history
         if biased or penalised or bans:
@@ -72,25 +72,25 @@ class TritonSampler(Sampler):
             at = upload(torch.tensor(bans).T.contiguous(), logits.device)
             scores.index_put_((at[0], at[1]), scores.new_full((), -torch.inf))
         find_peaks[(rows, chunks)](scores, peaks, peak_ids, vocabulary, BLOCK=BLOCK)
-        cut = {"CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
+        cut = {"FILTERED": filtered, "CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
+        filters = (state.top_k, state.top_p, state.min_p, vocabulary, SMALLEST_TEMPERATURE)
+        scaled, noisy = logits.new_empty(2, *(logits.shape if filtered else (1, 1)), dtype=torch.float32).unbind()
         if drawn:
             draw[(rows, chunks)](
-                *(scores, peaks, noisy, noisy_ids, slots, positions, state.temperature, state.seed),
-                *(vocabulary, SMALLEST_TEMPERATURE),
+                *(scores, peaks, drawn_peaks, drawn_ids, scaled, noisy, slots, positions),
+                *(state.temperature, state.seed, *filters),
                 **cut,
             )
         token_ids = torch.empty_like(slots)
         finite = torch.empty_like(slots, dtype=torch.int8)
         choose[(rows,)](
-            *(scores, peaks, peak_ids, raw_peaks, noisy, noisy_ids, token_ids, finite, slots, positions, flags),
-            *(history, state.temperature, state.seed, state.top_k, state.top_p, state.min_p),
-            *(vocabulary, SMALLEST_TEMPERATURE),
+            *(scaled, noisy, peaks, peak_ids, raw_peaks, drawn_peaks, drawn_ids, token_ids, finite),
+            *(slots, flags, history, state.temperature, *filters),
             PROCESSED=scores is not logits,
             DRAWN=drawn,
-            FILTERED=filtered,
             PENALTIES=penalised,
             **cut,
-            num_warps=16 if filtered else 1,
+            num_warps=32 if filtered else 1,
         )
         return token_ids, finite.view(torch.bool)
 

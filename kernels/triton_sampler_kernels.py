@@ -125,22 +125,41 @@ def _is_finite(x):
 
 
 @jit()
+def _filters(slot, top_k, top_p, min_p, vocabulary):
+    """A row's k (0 = off), p, least share, and whether any of them is on."""
+    k = tl.load(top_k + slot).to(tl.int32)
+    k = tl.where(k < vocabulary, k, 0)
+    p = tl.load(top_p + slot)
+    least = tl.load(min_p + slot)
+    return k, p, least, (k > 0) | (p < 1) | (least > 0)
+
+
+@jit()
 def draw(
     scores,
     peaks,
     drawn,
     drawn_ids,
+    scaled,
+    noisy,
     slots,
     positions,
     temperature,
     seed,
+    top_k,
+    top_p,
+    min_p,
     vocabulary,
     smallest_temperature,
+    FILTERED: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest score + noise of one row and chunk, where nothing is filtered out. Greedy rows are left alone."""
+    """The largest score + noise of one row and chunk; of filtered rows all of them, for `choose` to look through.
+
+    Greedy rows are left alone.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     heat = tl.load(temperature + slot)
@@ -151,23 +170,28 @@ def draw(
         return
     key_0, key_1 = _noise_keys(tl.load(seed + slot), tl.load(positions + row))
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.load(scores + row * vocabulary + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
-    noisy = tl.div_rn(score - peak, tl.zeros_like(score) + heat) + _gumbel(key_0, key_1, token)
-    best, best_id = _best(noisy, token)
+    inside = token < vocabulary
+    score = tl.load(scores + row * vocabulary + token, mask=inside, other=float("-inf")).to(tl.float32)
+    score = tl.div_rn(score - peak, tl.zeros_like(score) + heat)
+    with_noise = score + _gumbel(key_0, key_1, token)
+    best, best_id = _best(with_noise, token)
     tl.store(drawn + row * CHUNKS + tl.program_id(1), best)
     tl.store(drawn_ids + row * CHUNKS + tl.program_id(1), best_id)
+    if FILTERED:
+        _, _, _, filtered = _filters(slot, top_k, top_p, min_p, vocabulary)
+        if filtered:
+            tl.store(scaled + row * vocabulary + token, score, mask=inside)
+            tl.store(noisy + row * vocabulary + token, with_noise, mask=inside)
 
 
 @jit()
-def _load_scaled(scores, row, token, vocabulary, peak, heat):
-    """Scaled scores and their keys."""
-    score = tl.load(scores + row * vocabulary + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
-    scaled = tl.div_rn(score - peak, tl.zeros_like(score) + heat)
-    return scaled, tl.abs(scaled).to(tl.int32, bitcast=True)
+def _key(score):
+    """The bits of a score's magnitude: they order scores that are not above 0, the best first."""
+    return tl.abs(score).to(tl.int32, bitcast=True)
 
 
 @jit()
-def _top_k_key(scores, row, vocabulary, peak, heat, k, BLOCK: tl.constexpr):
+def _top_k_key(scaled, vocabulary, k, BLOCK: tl.constexpr):
     """A key such that the keys up to it are the k best of the row, and whatever equals the k-th.
 
     Radix selection, 6 bits at a time from the highest; it ends as soon as a digit's last key leaves exactly k.
@@ -175,13 +199,13 @@ def _top_k_key(scores, row, vocabulary, peak, heat, k, BLOCK: tl.constexpr):
     lowest = 0  # the k-th best key is in [lowest, lowest + 2 ** parent)
     parent = 31
     before = 0  # keys below `lowest`
-    key_found = -1
-    while key_found < 0:
+    found = -1
+    while found < 0:
         shift = tl.maximum(parent - 6, 0)
         counts = tl.zeros([64], tl.int32)
         for start in range(0, vocabulary, BLOCK):
             token = start + tl.arange(0, BLOCK)
-            _, key = _load_scaled(scores, row, token, vocabulary, peak, heat)
+            key = _key(tl.load(scaled + token, mask=token < vocabulary, other=float("-inf")))
             inside = (token < vocabulary) & ((key >> parent) == (lowest >> parent))
             counts += tl.histogram((key >> shift) & 63, 64, mask=inside)
         below = before + tl.cumsum(counts, 0) - counts
@@ -189,18 +213,16 @@ def _top_k_key(scores, row, vocabulary, peak, heat, k, BLOCK: tl.constexpr):
         at_digit = tl.arange(0, 64) == digit
         before = tl.sum(tl.where(at_digit, below, 0), 0)
         reached = before + tl.sum(tl.where(at_digit, counts, 0), 0)
-        # of a digit that was cut short (the last one) the bits above `parent` are `lowest`'s own
+        # the last digit has fewer bits: above them it repeats those of `lowest`
         lowest = (lowest >> parent << parent) | ((digit << shift) & ((1 << parent) - 1))
         if (reached == k) | (shift == 0):
-            key_found = lowest + (1 << shift) - 1
+            found = lowest + (1 << shift) - 1
         parent = shift
-    return key_found
+    return found
 
 
 @jit()
-def _draw_better(
-    scores, row, vocabulary, peak, heat, key_0, key_1, last_key, smallest, rival_key, rival_id, BLOCK: tl.constexpr
-):
+def _draw_better(scaled, noisy, vocabulary, last_key, smallest, rival_key, rival_id, BLOCK: tl.constexpr):
     """Among the tokens that are better than a rival: their weight, and the id and key of the largest score + noise.
 
     Better = higher score, or the same and a higher id. Only keys up to `last_key` have weight, and only scores that
@@ -211,23 +233,22 @@ def _draw_better(
     winner_id = tl.full([BLOCK], 0, tl.int32)
     for start in range(0, vocabulary, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        scaled, key = _load_scaled(scores, row, token, vocabulary, peak, heat)
+        score = tl.load(scaled + token, mask=token < vocabulary, other=float("-inf"))
+        with_noise = tl.load(noisy + token, mask=token < vocabulary, other=float("-inf"))
+        key = _key(score)
         better = (token < vocabulary) & (key <= last_key)
         better = better & ((key < rival_key) | ((key == rival_key) & (token > rival_id)))
-        share = tl.exp(scaled)
+        share = tl.exp(score)
         weight += tl.where(better, share, 0.0)
-        noisy = tl.where(better & (share >= smallest), scaled + _gumbel(key_0, key_1, token), float("-inf"))
-        wins = noisy > winner
-        winner = tl.where(wins, noisy, winner)
+        wins = better & (share >= smallest) & (with_noise > winner)
+        winner = tl.where(wins, with_noise, winner)
         winner_id = tl.where(wins, token, winner_id)
     _, best_id = _best(winner, winner_id)
-    at = tl.arange(0, 1) + best_id
-    _, key = _load_scaled(scores, row, at, vocabulary, peak, heat)
-    return tl.sum(weight, 0), best_id, tl.max(key, 0)
+    return tl.sum(weight, 0), best_id, _key(tl.load(scaled + best_id))
 
 
 @jit()
-def _draw_filtered(scores, row, vocabulary, peak, heat, key_0, key_1, top_k, top_p, min_p, BLOCK: tl.constexpr):
+def _draw_filtered(scaled, noisy, vocabulary, top_k, top_p, min_p, BLOCK: tl.constexpr):
     """The largest score + noise among what top-k, top-p and min-p leave.
 
     What they leave is the upper end of the row, so the first winner among all that top-k and min-p leave either is
@@ -235,17 +256,13 @@ def _draw_filtered(scores, row, vocabulary, peak, heat, key_0, key_1, top_k, top
     ones is the next to look at. A winner is a draw from the softmax, so the first is mostly right.
     """
     last_key = 0x7F800000  # of -inf
-    if (top_k > 0) & (top_k < vocabulary):
-        last_key = _top_k_key(scores, row, vocabulary, peak, heat, top_k, BLOCK)
-    total, chosen, chosen_key = _draw_better(
-        scores, row, vocabulary, peak, heat, key_0, key_1, last_key, min_p, 0x7FFFFFFF, -1, BLOCK
-    )
+    if top_k > 0:
+        last_key = _top_k_key(scaled, vocabulary, top_k, BLOCK)
+    total, chosen, chosen_key = _draw_better(scaled, noisy, vocabulary, last_key, min_p, 0x7FFFFFFF, -1, BLOCK)
     limit = tl.maximum(top_p * total, 1e-30)
     undecided = top_p < 1
     while undecided:
-        weight, next_id, next_key = _draw_better(
-            scores, row, vocabulary, peak, heat, key_0, key_1, last_key, min_p, chosen_key, chosen, BLOCK
-        )
+        weight, next_id, next_key = _draw_better(scaled, noisy, vocabulary, last_key, min_p, chosen_key, chosen, BLOCK)
         undecided = weight >= limit
         if undecided:
             chosen = next_id
@@ -255,7 +272,8 @@ def _draw_filtered(scores, row, vocabulary, peak, heat, key_0, key_1, top_k, top
 
 @jit()
 def choose(
-    scores,
+    scaled,
+    noisy,
     peaks,
     peak_ids,
     raw_peaks,
@@ -264,11 +282,9 @@ def choose(
     token_ids,
     finite,
     slots,
-    positions,
     flags,
     history,
     temperature,
-    seed,
     top_k,
     top_p,
     min_p,
@@ -299,13 +315,10 @@ def choose(
     if DRAWN:
         heat = tl.load(temperature + slot)
         if (heat >= smallest_temperature) & _is_finite(peak):
-            k = tl.load(top_k + slot).to(tl.int32)
-            p = tl.load(top_p + slot)
-            least = tl.load(min_p + slot)
-            filtered = ((k > 0) & (k < vocabulary)) | (p < 1) | (least > 0)
+            k, p, least, filtered = _filters(slot, top_k, top_p, min_p, vocabulary)
             if FILTERED and filtered:
-                key_0, key_1 = _noise_keys(tl.load(seed + slot), tl.load(positions + row))
-                chosen = _draw_filtered(scores, row, vocabulary, peak, heat, key_0, key_1, k, p, least, BLOCK)
+                at = row * vocabulary
+                chosen = _draw_filtered(scaled + at, noisy + at, vocabulary, k, p, least, BLOCK)
             else:
                 values = tl.load(drawn + row * CHUNKS + chunk, mask=inside, other=float("-inf"))
                 ids = tl.load(drawn_ids + row * CHUNKS + chunk, mask=inside, other=0)
