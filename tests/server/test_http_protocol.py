@@ -13,11 +13,12 @@ from starlette.responses import StreamingResponse
 from ropeway.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, LimitedHttpProtocol
 
 OK = b"GET /ok HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET /ok HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    monkeypatch.setattr(LimitedHttpProtocol, "head_seconds", 0.3)
+    monkeypatch.setattr(LimitedHttpProtocol, "head_seconds", 0.8)
     app = FastAPI(openapi_url=None)
 
     @app.get("/ok")
@@ -34,7 +35,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
             import asyncio
 
             for _ in range(10):
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.2)
                 yield b"piece"
 
         return StreamingResponse(pieces())
@@ -64,7 +65,7 @@ def check(answer: bytes, status: int, code: str) -> None:
 def test_large_heads(address: tuple[str, int], head: bytes) -> None:
     """Guards memory: uvicorn's parser has no limit of its own for any of these."""
     check(exchange(address, head), 431, "headers_too_large")
-    assert exchange(address, OK).startswith(b"HTTP/1.1 200")
+    assert exchange(address, LAST).startswith(b"HTTP/1.1 200")
 
 
 def test_a_header_that_never_ends(address: tuple[str, int]) -> None:
@@ -99,17 +100,17 @@ def test_no_http(address: tuple[str, int], bad: bytes) -> None:
 def test_many_requests_share_a_connection(address: tuple[str, int]) -> None:
     """Guards keep-alive: the limits count per request, not per connection, and body bytes are no head."""
     padded = b"GET /ok HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 20_000 + b"\r\n\r\n"
-    assert exchange(address, *[padded] * 6).count(b"HTTP/1.1 200") == 6
+    assert exchange(address, *[padded] * 6, LAST).count(b"HTTP/1.1 200") == 7
     post = b"POST /ok HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"y" * 100_000
-    assert exchange(address, post + OK).count(b"HTTP/1.1 200") == 2
+    assert exchange(address, post + LAST).count(b"HTTP/1.1 200") == 2
 
 
 def test_a_late_head_does_not_cut_the_answer_before_it(address: tuple[str, int]) -> None:
     """Guards streams: bytes pipelined behind a request never put an error into the middle of its answer."""
-    with socket.create_connection(address, timeout=5) as connection:
+    with socket.create_connection(address, timeout=20) as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\nGET /ok HTTP/1.1\r\nX-Half")
         answer, begin = b"", time.monotonic()
-        while b"HTTP/1.1 408" not in answer and time.monotonic() - begin < 5:
+        while b"HTTP/1.1 408" not in answer and time.monotonic() - begin < 20:
             answer += connection.recv(65536)
     first, _, second = answer.partition(b"HTTP/1.1 408")
     assert first.count(b"piece") == 10 and first.endswith(b"0\r\n\r\n") and b"request_timeout" in second
