@@ -31,7 +31,6 @@ class EngineConfig:
     batch_layout: Literal["auto", "padded", "packed"] = "auto"
     lag: Literal[0, 1] | None = None
     """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
-    seed: int = 0
     threads: int | None = None
     """Intra-op threads on the CPU; None = torch's default."""
     served_model_name: str | None = None

@@ -210,6 +210,8 @@ class SamplingDefaults:
     repetition_penalty: float = 1.0
     completion_tokens: int = COMPLETION_TOKENS
     """Length of a completion, `max_new_tokens` of the file."""
+    seed: int | None = None
+    """None = a random one for every request."""
 
     @classmethod
     def from_generation_config(cls, config: dict[str, Any]) -> "SamplingDefaults":
@@ -265,15 +267,16 @@ def sampling_params(
         allowed_token_ids=tuple(dict.fromkeys(fields.allowed_token_ids or ())),
         stop_token_ids=tuple(sorted(ends)),
         min_tokens=fields.min_tokens or 0,
-        seed=_wrapped((secrets.randbits(63) if fields.seed is None else fields.seed) + first_index),
+        seed=_wrapped(_given(fields.seed, defaults.seed, secrets.randbits(63)) + first_index),
         logprobs=logprobs,
     )
     _check_a_token_is_left(params, vocab_size)
     return params
 
 
-def _given(value: Number | None, default: Number) -> Number:
-    return default if value is None else value
+def _given(*values: Number | None) -> Number:
+    """The first that is there; the last always is."""
+    return next(value for value in values if value is not None)
 
 
 def _wrapped(seed: int) -> int:

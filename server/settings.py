@@ -87,7 +87,9 @@ class Settings:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = flag("auto", MODEL, "of the weights")
     device: str = flag("auto", MODEL, "auto, cpu, cuda or cuda:N", parse=parse_device)
-    seed: int = flag(0, MODEL, "of requests that bring none", low=-(2**63), high=2**63 - 1)
+    seed: int | None = flag(
+        None, MODEL, "of requests that bring none; without it each gets a random one", low=-(2**63), high=2**63 - 1
+    )
 
     max_model_len: int | None = flag(None, BATCH, "longest prompt + output in tokens", low=1)
     max_num_seqs: int = flag(64, BATCH, "rows that share a step", low=1, high=65536)
@@ -165,7 +167,6 @@ class Settings:
             enable_prefix_caching=self.enable_prefix_caching,
             prefix_cache_scope=self.prefix_cache_scope,
             batch_layout=self.batch_layout,
-            seed=self.seed,
             served_model_name=self.served_names[0],
         )
 

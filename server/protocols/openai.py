@@ -6,7 +6,7 @@ Knows OpenAI's names and the services; no engine, no sockets.
 import hashlib
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -60,7 +60,7 @@ def generation_request(
     field = "prompt" if default_tokens == "short" else "messages"
     check_ids(prompt_ids, info.vocab_size, field)
     config = tokenizer.generation_config if services.settings.generation_config == "auto" else {}
-    defaults = SamplingDefaults.from_generation_config(config)
+    defaults = replace(SamplingDefaults.from_generation_config(config), seed=services.settings.seed)
     if logprobs is not None and logprobs > services.settings.max_logprobs:
         param = "top_logprobs" if default_tokens == "rest" else "logprobs"
         raise invalid(f"{param} must be an integer from 0 to {services.settings.max_logprobs}.", param)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from harness import RunningServer, start_server
 
-COUNTING = {"prompt": "1, 2, 3", "max_tokens": 1500, "ignore_eos": True, "temperature": 0.8, "seed": 7}
+COUNTING = {"prompt": "1, 2, 3", "max_tokens": 600, "ignore_eos": True, "temperature": 0.8, "seed": 7}
 
 
 @pytest.fixture

@@ -184,3 +184,11 @@ async def test_harmless_values_of_unbuilt_fields() -> None:
     body = {"echo": False, "suffix": None, "best_of": 1, "num_beams": 1, "tools": [], "logit_bias": {}, "stop": None}
     _, wire = await whole(Server(rows(), strict=True), **body)
     assert "x-ignored-params" not in wire.headers
+
+
+async def test_the_servers_seed() -> None:
+    """Guards `--seed`: it is for requests that bring none, and no flag may be accepted and do nothing."""
+    server = Server([[row(0, ids("a"), finish="length")]], seed=42)
+    for fields in ({}, {"seed": 7}):
+        await whole(server, **fields)
+    assert [submitted.sampling.seed for submitted in server.engine.submitted] == [42, 7]
