@@ -29,7 +29,8 @@ from ropeway.kernels.triton_attention_kernels import attend, merge
 from ropeway.kernels.triton_jit import ceil_div, next_power_of_2
 
 WANTED_PROGRAMS = 512
-"""Keys are split until about so many programs run: some for each of a large GPU's 132 multiprocessors."""
+"""Keys are split until about so many programs run: some for each of a large GPU's 132 multiprocessors. Half of it for
+long rows, of whose tiles a multiprocessor holds one."""
 
 MAX_SPLITS = 64
 """Splits of one tile's keys; the merging kernel holds this many partial results at once."""
@@ -150,7 +151,8 @@ class _Call:
         q, rows, head_v = self.q, self.rows, out.shape[2]
         block_size, kv_heads, head = self.k_pool.shape[1:]
         programs = tiles * kv_heads
-        splits = _splits(programs, rows.block_table.shape[1] * block_size, tiling.block_n)
+        wanted = WANTED_PROGRAMS if short else WANTED_PROGRAMS // 2
+        splits = _splits(wanted // programs, rows.block_table.shape[1] * block_size, tiling.block_n)
         partial = out if splits == 1 else q.new_empty(programs, splits, tiling.block_m, head_v, dtype=torch.float32)
         stats = out if splits == 1 else q.new_empty(programs, splits, 2, tiling.block_m, dtype=torch.float32)
         sizes = {
@@ -184,7 +186,7 @@ class _Call:
             merge[(programs, tiling.block_m)](out, partial, stats, sinks, *where, **sizes, SPLITS=splits, num_warps=2)
 
 
-def _splits(programs: int, longest_context: int, block_n: int) -> int:
+def _splits(wanted: int, longest_context: int, block_n: int) -> int:
     """How many programs share the keys of one tile; a power of two, since each number is compiled."""
-    most = min(WANTED_PROGRAMS // programs, ceil_div(longest_context, block_n), MAX_SPLITS)
+    most = min(wanted, ceil_div(longest_context, block_n), MAX_SPLITS)
     return 1 << (max(1, most).bit_length() - 1)

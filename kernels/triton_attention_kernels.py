@@ -87,7 +87,8 @@ def _walk(
 ):
     """The online softmax over key tiles in [begin, end); unless MASKED, every token of the tile sees all of them.
 
-    Only keys in [lowest, highest] that have a block are read at all: 0 * NaN of somebody else's left-over is NaN.
+    Only keys in [lowest, highest] are read at all: 0 * NaN of somebody else's left-over is NaN. They all have a block,
+    since only those that no token sees are freed.
     """
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
@@ -96,7 +97,6 @@ def _walk(
         if MASKED:
             seen = (key >= lowest) & (key <= highest)
             block = tl.load(table + key // BLOCK_SIZE, mask=seen, other=0)
-            seen = seen & (block > 0)
         else:
             seen = key >= 0
             block = tl.load(table + key // BLOCK_SIZE)

@@ -74,7 +74,8 @@ def test_variants(options: dict[str, Any], wanted_programs: int, monkeypatch: py
     monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", wanted_programs)
     options = {name: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
     window = options.get("sliding_window")
-    case = make_ragged(FEW, heads=(4, 1), head_sizes=(16, 16), seed=2, device=DEVICE, freed_before=window)
+    shape = {"heads": (4, 1), "head_sizes": (16, 16), "block_size": 4}  # several blocks per tile: some of them freed
+    case = make_ragged(FEW, seed=2, device=DEVICE, freed_before=window, **shape)
     assert relative_error(attend(case, scale=0.5, **options), case.reference(scale=0.5, **options)) < 1e-5
 
 

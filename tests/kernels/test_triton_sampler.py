@@ -1,5 +1,6 @@
 """The Triton sampler against `sampler.py`: the same ids, also where scores are equal or rows go wrong."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,32 @@ def test_bias_penalties_and_bans() -> None:
         assert got.token_ids.tolist() == expected.token_ids.tolist()
 
 
+def test_top_k_among_scores_that_nearly_agree() -> None:
+    """Guards the last digits of the search: one token too many among 100 of 299 shows in most rows."""
+    logits = -5 - torch.rand(24, V, generator=torch.Generator().manual_seed(6)) * 1e-3
+    logits[:, 17] = 0
+    ((expected, got),) = both(logits, [SamplingParams(temperature=3.0, top_k=k) for k in (2, 100, 250)] * 8)
+    assert got.token_ids.tolist() == expected.token_ids.tolist()
+
+
+def test_penalties_that_decide() -> None:
+    """Guards each penalty's own count: prompt or output, once or many times, and what a step adds to it."""
+    pick = random.Random(7)
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            repetition_penalty=pick.choice([1.0, 1.3, 0.8]),
+            frequency_penalty=pick.choice([0.0, 0.5, 1.0]),
+            presence_penalty=pick.choice([0.0, 0.4, -0.3]),
+        )
+        for _ in range(12)
+    ]
+    logits = torch.full((12, V), -20.0)
+    logits[:, [3, 5, 7, 8, 9, 250]] = torch.randn(12, 6, generator=torch.Generator().manual_seed(8)) + 1
+    for expected, got in both(logits, params, steps=6):
+        assert got.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def test_a_greedy_batch_and_an_unfiltered_one() -> None:
     """Guards the launches that are left out."""
     for temperature in (0.0, 1.0):
@@ -95,14 +122,16 @@ def test_a_greedy_batch_and_an_unfiltered_one() -> None:
 
 
 def test_a_slots_last_bias_is_gone() -> None:
-    """Guards stale state: bias and history of the row that had the slot before."""
-    state = SamplingState(1, V, DEVICE)
-    state.join([RowState(0, SamplingParams(logit_bias={5: 99.0}, repetition_penalty=3.0, temperature=0.0), [1], [])])
-    sampler, logits = TritonSampler(state), torch.zeros(1, V, device=DEVICE)
-    logits[0, 1] = 1
-    assert sampler.sample(logits, torch.tensor([0]), torch.tensor([1])).token_ids.tolist() == [5]
+    """Guards stale state: bias and history of the row that had the slot before, beside a row that has its own."""
+    own = SamplingParams(logit_bias={5: 99.0}, repetition_penalty=3.0, temperature=0.0)
+    state = SamplingState(2, V, DEVICE)
+    sampler, logits = TritonSampler(state), torch.zeros(2, V, device=DEVICE)
+    logits[:, 1] = 1
+    slots, positions = torch.arange(2), torch.ones(2, dtype=torch.int64)
+    state.join([RowState(slot, own, [1], []) for slot in range(2)])
+    assert sampler.sample(logits, slots, positions).token_ids.tolist() == [5, 5]
     state.join([RowState(0, SamplingParams(temperature=0.0), [1], [])])
-    assert sampler.sample(logits, torch.tensor([0]), torch.tensor([1])).token_ids.tolist() == [1]
+    assert sampler.sample(logits, slots, positions).token_ids.tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_p=0.9), CHANGED[0]])
