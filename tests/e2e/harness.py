@@ -17,6 +17,19 @@ MODEL_DIR = Path(__file__).resolve().parents[2] / "server" / "demo_model"
 START_LIMIT_S = 120
 
 
+@dataclass(slots=True, frozen=True)
+class Metrics:
+    """One answer of /metrics."""
+
+    text: str
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the metric's samples with these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        samples = [line for line in self.text.splitlines() if line.split("{")[0].split(" ")[0] == name]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in samples if all(label in line for label in wanted))
+
+
 @dataclass(slots=True)
 class RunningServer:
     """One `ropeway serve` process."""
@@ -39,11 +52,12 @@ class RunningServer:
         """The official SDK pointed at this server, without retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
 
+    def metrics(self) -> "Metrics":
+        return Metrics(self.get("/metrics").text)
+
     def metric(self, name: str) -> float:
         """Sum of one metric's samples over labels and processes."""
-        lines = self.get("/metrics").text.splitlines()
-        samples = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in samples)
+        return self.metrics().total(name)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit code."""

@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import RunningServer, start_server
+from harness import Metrics, RunningServer, start_server
 
 LIMIT_S = 1.0
-METRICS_LAG_S = 1.0
-"""The gauges are as old as the engine's last step or heartbeat."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def open_request(server: RunningServer, path: str, **body: object) -> socket.soc
     return connection
 
 
-def await_true(condition: Callable[[], bool], limit_s: float = LIMIT_S + METRICS_LAG_S) -> float:
+def await_true(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
     """Polls until the condition holds; returns the seconds it took."""
     begin = time.monotonic()
     while not condition():
@@ -41,15 +39,15 @@ def await_true(condition: Callable[[], bool], limit_s: float = LIMIT_S + METRICS
     return time.monotonic() - begin
 
 
-def idle(server: RunningServer) -> bool:
+def idle(server: RunningServer, left: float) -> bool:
+    """No row, no queue, no block, and `left` clients counted as gone: one look at the metrics."""
     names = ("ropeway_num_requests_running", "ropeway_num_requests_waiting", "ropeway_kv_cache_usage_perc")
-    return all(server.metric(name) == 0 for name in names)
+    metrics = server.metrics()
+    return all(metrics.total(name) == 0 for name in names) and departures(metrics) == left
 
 
-def left(server: RunningServer) -> float:
-    text = server.get("/metrics").text.splitlines()
-    lines = [line for line in text if line.startswith("ropeway_requests_total") and 'outcome="disconnected"' in line]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+def departures(metrics: Metrics) -> float:
+    return metrics.total("ropeway_requests_total", outcome="disconnected")
 
 
 ENDLESS = {"prompt": "1, 2, 3", "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
@@ -58,19 +56,21 @@ ENDLESS = {"prompt": "1, 2, 3", "max_tokens": 2000, "ignore_eos": True, "tempera
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_while_tokens_come(server: RunningServer, stream: bool) -> None:
     """Guards blocks and rows: a client that leaves in mid-answer, streamed or not, costs nothing after a second."""
-    before, tokens = left(server), server.metric("ropeway_generation_tokens_total")
+    before = server.metrics()
     connection = open_request(server, "/v1/completions", stream=stream, **ENDLESS)
     if stream:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     else:
         await_true(lambda: server.metric("ropeway_num_requests_running") == 1, 10)
     connection.close()
-    await_true(lambda: idle(server) and left(server) == before + 1)
-    assert server.metric("ropeway_generation_tokens_total") < tokens + ENDLESS["max_tokens"]
+    await_true(lambda: idle(server, departures(before) + 1))
+    generated = server.metric("ropeway_generation_tokens_total") - before.total("ropeway_generation_tokens_total")
+    assert 0 < generated < ENDLESS["max_tokens"]
 
 
 def test_leaving_in_the_queue(narrow: RunningServer) -> None:
     """Guards the waiting queue: a queued client that leaves never gets a row."""
+    before = departures(narrow.metrics())
     first = open_request(narrow, "/v1/completions", stream=True, **ENDLESS)
     assert first.recv(4096).startswith(b"HTTP/1.1 200")
     second = open_request(narrow, "/v1/completions", stream=True, **ENDLESS)
@@ -78,15 +78,16 @@ def test_leaving_in_the_queue(narrow: RunningServer) -> None:
     second.close()
     await_true(lambda: narrow.metric("ropeway_num_requests_waiting") == 0)
     first.close()
-    await_true(lambda: idle(narrow))
+    await_true(lambda: idle(narrow, before + 2))
 
 
 def test_leaving_in_mid_prefill(narrow: RunningServer) -> None:
     """Guards prefill: a client that leaves while its prompt is computed never gets a token."""
-    tokens, before = narrow.metric("ropeway_generation_tokens_total"), left(narrow)
+    before = narrow.metrics()
     prompt = ", ".join(str(number) for number in range(300))
     connection = open_request(narrow, "/v1/completions", prompt=prompt, max_tokens=5)
     await_true(lambda: narrow.metric("ropeway_num_requests_running") == 1, 10)
     connection.close()
-    await_true(lambda: idle(narrow) and left(narrow) == before + 1)
-    assert narrow.metric("ropeway_generation_tokens_total") == tokens
+    await_true(lambda: idle(narrow, departures(before) + 1))
+    name = "ropeway_generation_tokens_total"
+    assert narrow.metric(name) == before.total(name)
