@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunningServer:
 
     process: subprocess.Popen[str]
     port: int
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -49,8 +50,10 @@ class RunningServer:
         return httpx.get(self.url + path, timeout=60)
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        """The official SDK pointed at this server, without retries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        """The official SDK pointed at this server, without retries; closed with the server."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        self.clients.append(client)
+        return client
 
     def metrics(self) -> "Metrics":
         return Metrics(self.get("/metrics").text)
@@ -60,10 +63,13 @@ class RunningServer:
         return self.metrics().total(name)
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """SIGTERM; returns the exit code. Clients are closed after it, so that streams still run while it drains."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        code = self.process.wait(timeout=60)
+        for client in self.clients:
+            client.close()
+        return code
 
 
 def free_port() -> int:
