@@ -180,10 +180,27 @@ async def test_loop_lag(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "WATCH_S", 0.02)
     metrics = RequestMetrics("tiny", CollectorRegistry())
-    task = asyncio.create_task(watch_loop(metrics, ProcessMetrics("test", CollectorRegistry())))
+    task = asyncio.create_task(watch_loop(metrics, ProcessMetrics("test", CollectorRegistry()), lambda: True))
     await asyncio.sleep(0.01)
     time.sleep(0.2)  # blocks the loop on purpose
     await asyncio.sleep(0.03)
     task.cancel()
     lag = metrics.registry.get_sample_value("ropeway_event_loop_lag_seconds_sum", {"model_name": "tiny"})
     assert lag is not None and lag > 0.1
+
+
+async def test_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the alert for a server that lives and serves nothing: the gauge follows readiness both ways."""
+    monkeypatch.setattr(module, "WATCH_S", 0)
+    metrics = RequestMetrics("tiny", CollectorRegistry())
+    states, seen = [False, True, False], []
+
+    def is_ready() -> bool:
+        seen.append(metrics.registry.get_sample_value("ropeway_ready", {"model_name": "tiny"}))
+        return states[min(len(seen), len(states)) - 1]
+
+    task = asyncio.create_task(watch_loop(metrics, ProcessMetrics("test", CollectorRegistry()), is_ready))
+    while len(seen) < 4:
+        await asyncio.sleep(0)
+    task.cancel()
+    assert seen[1:4] == [0, 1, 0]

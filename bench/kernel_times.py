@@ -1,7 +1,7 @@
 """Times the Triton kernels alone on one GPU: one JSON line per case, then a short table.
 
-    python bench/kernels.py                 # as they are
-    python bench/kernels.py --tune          # attention over a handful of tilings, the best per case
+    python bench/kernel_times.py                 # as they are
+    python bench/kernel_times.py --tune          # attention over a handful of tilings, the best per case
 
 Every case is captured in a CUDA graph that goes through several layers' pools, larger together than the L2 cache, on
 random data; the figure is the median of replays over the number of layers. GB/s count what must be read and written
@@ -75,7 +75,7 @@ class Report:
             line["of_copy"] = round(line["GBps"] / self.copy_bandwidth, 3)
         self.cases.append(line)
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        print(json.dumps(line | machine | {"command": "python bench/kernels.py"}), flush=True)
+        print(json.dumps(line | machine | {"command": "python bench/kernel_times.py"}), flush=True)
 
 
 def graph_seconds(work: Callable[[], Any], times: int = 1) -> float:
