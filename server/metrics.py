@@ -7,12 +7,12 @@ of the server shares; without it, in tests, in this process alone. Unbounded val
 import asyncio
 import os
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.responses import Response
 
@@ -59,6 +59,13 @@ class RequestMetrics:
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self.generation_tokens = self._histogram("request_generation_tokens", "Output tokens per request.", TOKENS)
         self.params_n = self._histogram("request_params_n", "Choices per request.", N)
+        self.ready = Gauge(
+            "ropeway_ready",
+            "1 while tokens can come out, 0 otherwise; the least ready API worker counts.",
+            ("model_name",),
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        ).labels(model_name)
         self.loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop wakes up.", LAG_S)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -166,10 +173,11 @@ class RequestRecord:
             metrics.key_tokens.labels(metrics.model_name, self.key_id, "generation").inc(self.output_tokens)
 
 
-async def watch_loop(metrics: RequestMetrics, process: ProcessMetrics) -> None:
-    """Measures for ever how late the event loop wakes up, and refreshes this process's figures."""
+async def watch_loop(metrics: RequestMetrics, process: ProcessMetrics, is_ready: Callable[[], bool]) -> None:
+    """Measures for ever how late the event loop wakes up, and refreshes readiness and this process's figures."""
     loop = asyncio.get_running_loop()
     while True:
+        metrics.ready.set(is_ready())
         due = loop.time() + WATCH_S
         await asyncio.sleep(WATCH_S)
         metrics.loop_lag.observe(max(loop.time() - due, 0.0))
