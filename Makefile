@@ -46,7 +46,8 @@ test-all: test   ## the long ones too
 	$(PYTEST) -m 'slow and not gpu'
 
 bench: install   ## the benchmarks behind the README's figures
-	$(BIN)/python -m bench
+	$(BIN)/python bench/http_load.py -c 1 --requests 8
+	$(BIN)/python bench/http_load.py -c 32 --requests 128
 
 clean:           ## remove .venv and caches
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
