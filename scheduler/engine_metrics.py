@@ -87,7 +87,7 @@ class EngineMetrics:
         }
         self._seen = dict.fromkeys(_COUNTERS, 0)
         self._tokens = Histogram(
-            "ropeway_iteration_tokens_total",
+            "ropeway_iteration_tokens",
             "Real tokens per step.",
             ["model_name"],
             registry=registry,

@@ -29,8 +29,8 @@ def test_a_step_is_counted_once() -> None:
         "ropeway_prefix_cache_hits_total": 16,
         "ropeway_prefix_cache_queries_total": 0,
         "ropeway_num_preemptions_total": 1,
-        "ropeway_iteration_tokens_total_sum": 31,
-        "ropeway_iteration_tokens_total_count": 2,
+        "ropeway_iteration_tokens_sum": 31,
+        "ropeway_iteration_tokens_count": 2,
     }
     assert {name: registry.get_sample_value(name, LABELS) for name in expected} == expected
     for kind, count in (("decode", 1), ("mixed", 1), ("prefill", 0)):
