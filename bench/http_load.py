@@ -4,8 +4,8 @@
     python bench/http_load.py --url http://127.0.0.1:8000 -c 64 --requests 256 --prompt-tokens 64:448 --processes 4
 
 Each of `-c` streams sends its next request when the last has ended. Tokens are counted by the server's own running
-usage; a chunk with k tokens is one gap and k - 1 zeros. Client processes report their CPU use: a row with a client above
-80% of a core measures the client. (Not called `http.py`: beside a script that name would hide Python's own module.)
+usage; a chunk with k tokens is one gap and k - 1 zeros. Client processes report their CPU use: where one takes more
+than 80% of a core, the row measures the client. (Not called `http.py`: beside a script that name would hide Python's.)
 """
 
 import argparse
