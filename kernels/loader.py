@@ -1,20 +1,24 @@
 """A folder or hub id becomes a model in memory. Every failure is a `LoadError` with one sentence for people.
 
-A local folder never touches the network, and weights are safetensors unless the user trusts the model's code.
+A local folder never touches the network, and weights are safetensors unless the user trusts the model's code. How
+weights are quantised is `quantization.py`'s, how they are invented `dummy.py`'s.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ropeway.kernels.dummy import dummy_model
 from ropeway.kernels.errors import LoadError, NotAModel, UnknownArchitecture, UnsupportedModel, UnsupportedSetting
-from ropeway.kernels.memory import check_weights_fit
+from ropeway.kernels.memory import check_weights_fit, shared_memory
+from ropeway.kernels.quantization import BITS, count_weights, keep_compute_dtype, quantization_options, stored_kind
 
 Progress = Callable[[str, float], None]
 """progress(stage for people, share done 0..1)."""
@@ -40,6 +44,8 @@ class LoadedModel:
     weight_bytes: int
     dtype: torch.dtype
     device: torch.device
+    quantization: str | None = None
+    """How its weights are quantised; None if they are not."""
 
 
 def load_model(
@@ -49,6 +55,9 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+    quantization: str | None = None,
+    device_map: Literal["none", "auto"] = "none",
     max_model_len: int | None = None,
     progress: Progress = lambda stage, share: None,
 ) -> LoadedModel:
@@ -60,6 +69,10 @@ def load_model(
         dtype: auto (fp32 on a CPU, the checkpoint's own on a GPU) or one of `DTYPES`.
         device: auto (the first GPU if there is one), cpu, cuda, cuda:1.
         trust_remote_code: run code that comes with the model, and read weights that are no safetensors.
+        load_format: safetensors (nothing else, whomever the user trusts), dummy (random weights; only the config is
+            read) or auto.
+        quantization: one of `quantization.KINDS`; None = as the checkpoint is.
+        device_map: auto leaves the layers that a GPU has no room for in the machine's memory.
         max_model_len: longest prompt + output in tokens; None = what the config says.
         progress: is told what happens.
 
@@ -74,20 +87,37 @@ def load_model(
     config = _config(model, folder, revision, trust_remote_code)
     target = _dtype(dtype, config, place)
     length = _max_model_len(config, max_model_len)
-    if folder is not None:
-        check_weights_fit(_weight_bytes(folder, config, target, trust_remote_code), place)
-    progress("reading weights", 0.1)
-    loaded = _weights(model, folder, config, target, place, revision, trust_remote_code)
+    options = quantization_options(config, quantization, target)
+    kind = quantization or stored_kind(config)
+    if load_format == "dummy":
+        if kind is not None:
+            raise UnsupportedSetting(f"--load-format dummy makes no {kind} weights: leave one of the two out.")
+        progress("making random weights", 0.1)
+        loaded = dummy_model(config, target, place, trust_remote_code)
+    else:
+        pickles = trust_remote_code and load_format == "auto"
+        spread = device_map == "auto" and place.type == "cuda"
+        if folder is not None:
+            needed = _weight_bytes(folder, config, target, quantization, pickles)
+            if not spread:
+                check_weights_fit(needed, place)
+        progress("reading weights", 0.1)
+        options |= _placement(place, device_map, quantised=kind is not None)
+        options |= {"dtype": target, "revision": revision, "trust_remote_code": trust_remote_code}
+        loaded = _weights(model, folder, config, pickles, options)
+        keep_compute_dtype(loaded)
     progress("weights read", 1.0)
+    number, size = count_weights(loaded)
     return LoadedModel(
         model=loaded,
         architecture=type(loaded).__name__,
         vocab_size=_logits_width(loaded),
         max_model_len=length,
-        num_parameters=sum(parameter.numel() for parameter in loaded.parameters()),
-        weight_bytes=sum(parameter.nbytes for parameter in loaded.parameters()),
+        num_parameters=number,
+        weight_bytes=size,
         dtype=target,
         device=place,
+        quantization=kind,
     )
 
 
@@ -146,6 +176,15 @@ def _config(model: str, folder: Path | None, revision: str | None, trust_remote_
     return config
 
 
+def _placement(device: torch.device, device_map: str, quantised: bool) -> dict[str, Any]:
+    """Where `from_pretrained` puts weights. bitsandbytes takes a GPU if there is one and nothing else is said."""
+    if device.type == "cpu":
+        return {"device_map": {"": device} if quantised else None}
+    if device_map == "auto":
+        return {"device_map": "auto", "max_memory": shared_memory(device)}
+    return {"device_map": {"": device}}
+
+
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else _checkpoint_dtype(config)
@@ -176,11 +215,13 @@ def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int:
     return wanted or own
 
 
-def _weight_bytes(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> int:
-    """Bytes of a folder's weights once they are in memory."""
+def _weight_bytes(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, quantization: str | None, pickles: bool
+) -> int:
+    """Bytes of a folder's weights once they are in memory, at least: some layers of a model are not quantised."""
     files = list(folder.glob("*.safetensors"))
     others = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-    if not files and not (trust_remote_code and others):
+    if not files and not (pickles and others):
         hint = ": its weights are pickle files, which may run code; --trust-remote-code accepts that" if others else ""
         raise NotAModel(f"{folder} has no safetensors weights{hint}.")
     index = folder / "model.safetensors.index.json"
@@ -190,32 +231,25 @@ def _weight_bytes(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, tr
         if missing:
             raise NotAModel(f"{folder} lacks {len(missing)} of {len(parts)} weight files, {missing[0]} first.")
     stored = sum(file.stat().st_size for file in files or others)
-    if getattr(config, "quantization_config", None):
+    if stored_kind(config):
         return stored
+    if quantization is not None:
+        return int(stored // _checkpoint_dtype(config).itemsize * BITS[quantization] / 8)
     return stored * dtype.itemsize // _checkpoint_dtype(config).itemsize
 
 
 def _weights(
-    model: str,
-    folder: Path | None,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None,
-    trust_remote_code: bool,
+    model: str, folder: Path | None, config: PreTrainedConfig, pickles: bool, options: dict[str, Any]
 ) -> PreTrainedModel:
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             folder or model,
             config=config,
-            revision=revision,
-            dtype=dtype,
-            device_map={"": device} if device.type != "cpu" else None,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if trust_remote_code else True,
+            use_safetensors=None if pickles else True,
             local_files_only=folder is not None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **options,
         )
     except (OSError, SafetensorError) as error:
         raise NotAModel(f"The weights of {model} cannot be read: {_one_line(error)}") from error

@@ -12,6 +12,10 @@ CPU_AVAILABLE_SHARE = 0.8
 """Of the memory that is available now, at most."""
 
 
+GPU_WEIGHTS_SHARE = 0.7
+"""Of a GPU's free memory, for weights that may stay elsewhere; KV cache and activations want some too."""
+
+
 def kv_budget(device: torch.device, gpu_memory_utilization: float) -> int:
     """Bytes that the KV cache may take; call it when weights are loaded and one forward has run.
 
@@ -52,6 +56,13 @@ def check_weights_fit(needed: int, device: torch.device) -> None:
             f"The weights need {_size(needed)} and {_size(free)} {where} are free: take a smaller --dtype, a smaller "
             "model or a larger machine."
         )
+
+
+def shared_memory(device: torch.device) -> dict[int | str, int]:
+    """Bytes that weights may take on this GPU and in the machine's memory, as accelerate wants them: no other GPU."""
+    free = torch.cuda.mem_get_info(device)[0]
+    cpu = int(CPU_AVAILABLE_SHARE * psutil.virtual_memory().available)
+    return {device.index or 0: int(GPU_WEIGHTS_SHARE * free), "cpu": cpu}
 
 
 def _size(size: int) -> str:

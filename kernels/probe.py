@@ -16,6 +16,7 @@ from ropeway.kernels.forward import UnsupportedAttention, plain_attention, use_a
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
+from ropeway.kernels.quantization import multiplies_in_int8
 from ropeway.kernels.rope import moves
 from ropeway.kernels.step import RowInput, StepInput
 
@@ -26,6 +27,8 @@ PIECES = ((3, 4, 1, 1), (6, 5, 1, 1), (2, 1, 1, 1))
 """Tokens of each row's steps. Row b starts at step b, so that chunks and decode tokens meet."""
 
 FP32_FLOOR = 1e-4
+INT8_EPS = 1 / 127
+"""Relative precision of activations that are rounded to 8 bits, row by row."""
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -131,7 +134,8 @@ def _plain_logits(model: PreTrainedModel, rows: list[torch.Tensor], attention: s
 def _tolerance(model: PreTrainedModel, rows: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
     """Five times what the plain model itself differs between sdpa and eager; at least a few roundings of a logit."""
     largest = max(logits.abs().max().item() for logits in reference)
-    floor = max(FP32_FLOOR, 4 * torch.finfo(model.dtype).eps * largest)
+    eps = max(torch.finfo(model.dtype).eps, INT8_EPS if multiplies_in_int8(model) else 0)
+    floor = max(FP32_FLOOR, 4 * eps * largest)
     if plain_attention(model) == "eager" or uses_softcap(model) or not model._can_set_attn_implementation():
         return floor
     eager = _plain_logits(model, rows, "eager")

@@ -126,6 +126,8 @@ class RunnerInfo:
     """The reserved block 0 included."""
     block_size: int
     kv_cache_bytes: int
+    quantization: str | None = None
+    """How the weights are quantised; None if they are not."""
 
 
 def build_runner(
@@ -135,6 +137,9 @@ def build_runner(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto",
+    quantization: str | None = None,
+    device_map: Literal["none", "auto"] = "none",
     layout: Literal["auto"] | Layout = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
@@ -160,6 +165,9 @@ def build_runner(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        load_format=load_format,
+        quantization=quantization,
+        device_map=device_map,
         max_model_len=max_model_len,
         progress=lambda stage, share: progress(stage, 0.8 * share),
     )
@@ -193,6 +201,7 @@ def build_runner(
         num_blocks=num_blocks,
         block_size=block_size,
         kv_cache_bytes=num_blocks * pool.bytes_per_block,
+        quantization=loaded.quantization,
     )
 
 

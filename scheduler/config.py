@@ -17,7 +17,12 @@ class EngineConfig:
     """Template text (already read from its file) that replaces the model's own."""
     dtype: str = "auto"
     device: str = "auto"
-    load_format: Literal["auto", "safetensors"] = "auto"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    """dummy: random weights, for benchmarks; the folder needs none."""
+    quantization: str | None = None
+    """One of `kernels/quantization.py`'s kinds; None = as the checkpoint is."""
+    device_map: Literal["none", "auto"] = "none"
+    """auto: layers that a GPU has no room for stay in the machine's memory."""
     max_model_len: int | None = None
     """Longest prompt + output; None = what the model's config says."""
     max_num_seqs: int = 64

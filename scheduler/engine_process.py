@@ -63,6 +63,9 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         trust_remote_code=config.trust_remote_code,
         dtype=config.dtype,
         device=config.device,
+        load_format=config.load_format,
+        quantization=config.quantization,
+        device_map=config.device_map,
         layout=config.batch_layout,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -93,6 +96,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         weight_bytes=info.weight_bytes,
         text_dir=text_dir,
         step_timeout=config.step_timeout or (GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT),
+        quantization=info.quantization,
     )
     lag = config.lag if config.lag is not None else (1 if on_gpu else 0)
     return Loaded(runner, model_info, lag)

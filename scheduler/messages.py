@@ -106,6 +106,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     and presets, written by the engine process; API workers load these without torch."""
     step_timeout: float
     """Seconds without a finished step, work queued, after which the engine counts as hung."""
+    quantization: str | None = None
+    """How the weights are quantised; None if they are not."""
 
 
 class EngineReady(msgspec.Struct, tag="ready"):

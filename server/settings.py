@@ -87,6 +87,15 @@ class Settings:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = flag("auto", MODEL, "of the weights")
     device: str = flag("auto", MODEL, "auto, cpu, cuda or cuda:N", parse=parse_device)
+    load_format: Literal["auto", "safetensors", "dummy"] = flag(
+        "auto", MODEL, "weights to read; dummy makes random ones, for benchmarks"
+    )
+    quantization: Literal["bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8"] | None = flag(
+        None, MODEL, "weights in 4 or 8 bits; a model that is stored so needs no flag"
+    )
+    device_map: Literal["none", "auto"] = flag(
+        "none", MODEL, "auto: layers that the GPU has no room for stay in the machine's memory"
+    )
     seed: int | None = flag(
         None, MODEL, "of requests that bring none; without it each gets a random one", low=-(2**63), high=2**63 - 1
     )
@@ -158,6 +167,9 @@ class Settings:
             chat_template=self.chat_template,
             dtype={"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
             device=self.device,
+            load_format=self.load_format,
+            quantization=self.quantization,
+            device_map=self.device_map,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -321,7 +333,6 @@ NOT_BUILT = {
     "--tensor-parallel-size": "a model runs on one device",
     "--pipeline-parallel-size": "a model runs on one device",
     "--data-parallel-size": "start one server per device behind a balancer",
-    "--quantization": "weights are served in the dtype of --dtype",
     "--kv-cache-dtype": "the KV cache has the dtype of the weights",
     "--api-workers": "one process answers HTTP",
     "--deterministic": "only float32 gives the same tokens whatever shares the batch",

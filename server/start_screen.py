@@ -105,6 +105,7 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         ("runs as", f"{info.layout} batch in {info.dtype} on {info.device}"),
         ("probe", info.layout_reason),
         ("weights", size(info.weight_bytes)),
+        *([("quantization", info.quantization)] if info.quantization else []),
         (
             "KV cache",
             f"{size(info.kv_cache_bytes)}: {info.num_blocks} blocks x {info.block_size} tokens = {tokens} tokens, "

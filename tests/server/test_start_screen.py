@@ -115,6 +115,13 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     assert dict(plan_rows(info, Settings()))["sampling"]
 
 
+def test_quantised_weights_are_named(tmp_path: Path) -> None:
+    """Guards the screen: small weights must be told apart from a small model."""
+    rows = dict(plan_rows(model_info(tmp_path, quantization="bitsandbytes-nf4"), Settings()))
+    assert rows["quantization"] == "bitsandbytes-nf4" and rows["weights"]
+    assert "quantization" not in dict(plan_rows(model_info(tmp_path), Settings()))
+
+
 def test_numbers_for_people() -> None:
     """Guards units: powers of 1000 for counts, of 1024 for bytes."""
     assert [count(number) for number in (999, 1000, 3_600_000, 7 * 10**9)] == ["999", "1.0 k", "3.6 M", "7.0 B"]
