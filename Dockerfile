@@ -1,7 +1,6 @@
-# Two targets: cpu (small models, tests) and cuda.
+# Two targets: cpu (small models, tests) and cuda. deploy/README.md has the commands.
 #   docker build --target cpu -t ropeway:cpu .
 #   docker build --target cuda -t ropeway:cuda --build-arg TORCH_INDEX= .
-#   docker run --read-only --tmpfs /tmp --cap-drop ALL -p 8000:8000 -e ROPEWAY_API_KEY=... ropeway:cpu
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
@@ -17,24 +16,27 @@ COPY src ./src
 COPY kernels ./kernels
 COPY scheduler ./scheduler
 COPY server ./server
-RUN /opt/ropeway/bin/pip install -c constraints.txt . && /opt/ropeway/bin/python -m compileall -q /opt/ropeway/lib
+# pip compiles what it installs: a read-only root could not do so later.
+RUN /opt/ropeway/bin/pip install -c constraints.txt .
 
 FROM ${BASE} AS cpu
+RUN /usr/sbin/useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin ropeway
 COPY --from=build /opt/ropeway /opt/ropeway
-RUN useradd --uid 10001 --no-create-home --home-dir /tmp ropeway
 USER 10001
 # Caches that libraries write must lie on the one writable mount.
-ENV PATH=/opt/ropeway/bin:$PATH HOME=/tmp HF_HOME=/tmp/huggingface PYTHONUNBUFFERED=1 ROPEWAY_HOST=0.0.0.0
+ENV PATH=/opt/ropeway/bin:$PATH HOME=/tmp HF_HOME=/tmp/huggingface PYTHONUNBUFFERED=1 ROPEWAY_HOST=0.0.0.0 ROPEWAY_PORT=8000
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=15s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/live', timeout=2)"]
+  CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"ROPEWAY_PORT\"]}/health/live', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["ropeway"]
 CMD ["serve"]
 
 FROM cpu AS cuda
-USER root
-# Triton compiles its driver stub when it first runs.
+USER 0
+# Triton compiles its driver stub when it first runs; Python's headers are in the base image.
+# No versions: a pinned one disappears from the release with its next security update.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 ENV TRITON_CACHE_DIR=/tmp/triton
 USER 10001

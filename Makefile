@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/pytest
 
-.PHONY: help install demo serve check format test test-all bench clean
+.PHONY: help install demo serve check format test test-tools test-all bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -42,7 +42,14 @@ format: install  ## rewrite what `make check` would complain about, where that i
 test: install    ## the tests (under 15 minutes on 2 cores)
 	$(PYTEST)
 
-test-all: test   ## the long ones too
+test-tools:      ## nginx and Prometheus' promtool, which long tests run; as root on Debian or Ubuntu
+	@PATH=$$PATH:/usr/sbin:/usr/local/sbin; if ! command -v nginx >/dev/null || ! command -v promtool >/dev/null; then \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
+	    { echo "Install nginx and promtool (of Prometheus), or run this as root on Debian or Ubuntu" >&2; exit 1; }; \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends nginx-light prometheus; \
+	fi
+
+test-all: test test-tools  ## the long ones too; installs what test-tools says
 	$(PYTEST) -m 'slow and not gpu'
 
 bench: install   ## the benchmarks behind the README's figures
