@@ -49,6 +49,8 @@ class WorkerContext:
     """Carries `WorkerControl` from the supervisor."""
     settings: Any
     """What the caller of `Supervisor` gave for its worker_main."""
+    line: int = 0
+    """Its line of the `AdmissionTable`; the worker that replaces it gets the same."""
 
 
 @dataclass(frozen=True)

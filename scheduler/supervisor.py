@@ -10,7 +10,8 @@ PID 1.
       beyond its restart budget            workers: EngineLost; drain, end with 1     the same
     engine hangs (watchdog.py)             stack dump, SIGKILL: it dies               the same
     engine: WorkerStuck                    stack dump, SIGKILL: the worker dies       the same
-    worker dies                            engine: WorkerGone; spawn another,         engine: WorkerGone
+    worker dies                            clear its admission line;                  clear its admission line;
+                                           engine: WorkerGone; spawn another,         engine: WorkerGone
                                            engine: WorkerStarted
       beyond its restart budget            message on stderr, end with 1              -
     worker does not read its pipe          stack dump, SIGKILL: the worker dies       the same
@@ -35,6 +36,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from ropeway.scheduler import engine_process
+from ropeway.scheduler.admission_table import AdmissionTable
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.messages import (
     Drain,
@@ -165,6 +167,8 @@ class Supervisor:
         self._generation = 0
         self._was_ready = False
         self._workers: dict[int, Child] = {}
+        self._lines: dict[int, int] = {}  # of the admission table, by worker
+        self._admission: AdmissionTable | None = None
         self._next_worker = 0
         self._deadline: float | None = None  # of the drain; None while serving
         self._last_words = ""  # of an engine that failed to load
@@ -188,8 +192,8 @@ class Supervisor:
         try:
             self._set_up()
             self._start_engine()
-            for _ in range(self._num_workers):
-                self._start_worker()
+            for line in range(self._num_workers):
+                self._start_worker(line)
             while self._exit_code is None:
                 self._turn(signals)
         finally:
@@ -320,23 +324,26 @@ class Supervisor:
 
     # -- the workers --------------------------------------------------------------------------------------------------
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, line: int) -> None:
         assert self._listener
         worker, listener = self._next_worker, self._listener
         self._next_worker += 1
         child = Child(
             f"ropeway-worker-{worker}",
             self._worker_main,
-            lambda control: WorkerContext(worker, listener, self._directory, control, self._settings),
+            lambda control: WorkerContext(worker, listener, self._directory, control, self._settings, line),
         )
         self._workers[worker] = child
+        self._lines[worker] = line
         send_control(child.control, EngineStarting(self._generation))
         if self._engine:
             send_control(self._engine.control, WorkerStarted(worker))
 
     def _on_worker_death(self, worker: int, child: Child) -> None:
-        assert self._metrics
+        assert self._metrics and self._admission
         del self._workers[worker]
+        line = self._lines.pop(worker)
+        self._admission.clear(line)
         self._metrics.worker_died(child.pid)
         how = child.close()
         if self._engine:
@@ -345,7 +352,7 @@ class Supervisor:
             return
         if self._worker_budget.spend(time.monotonic()):
             logger.error("API worker %d %s. Starting another.", worker, how)
-            self._start_worker()
+            self._start_worker(line)
         else:
             self._fail(f"API workers keep dying; the last one {how}.")
 
@@ -358,8 +365,9 @@ class Supervisor:
     # -- before and after ---------------------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
-        """The private directory; in it an empty one for metrics, known to all children through the environment."""
+        """The private directory; in it the admission table, and an empty one for metrics that the environment names."""
         self._directory = make_private_directory()
+        self._admission = AdmissionTable.create(self._directory, self._num_workers)
         metrics = f"{self._directory}/metrics"
         os.mkdir(metrics)
         # prometheus_client looks at the variable when it is imported, never again.

@@ -1,8 +1,9 @@
 """The bounded queue: who may come in, and when the others should try again.
 
-Two bounds, over all protocols: requests in flight (a request with n choices counts n times) and prompt tokens that
-wait for their first output. Knows counts only: no requests, no HTTP beyond the 503 it raises. Not thread-safe: all
-calls come from the event loop.
+Two bounds, over all protocols and all API workers: requests in flight (a request with n choices counts n times) and
+prompt tokens that wait for their first output. Knows counts only: no requests, no HTTP beyond the 503 it raises. Not
+thread-safe: all calls come from the event loop. Several workers together may exceed a bound by one request of each
+other worker; `AdmissionTable` says why.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.server.errors import ApiError, invalid
 
 RejectReason = Literal["requests", "tokens", "loading", "engine_restarting", "draining"]
@@ -20,36 +22,37 @@ WINDOW_S = 30.0
 
 
 class DrainRate:
-    """How fast units (slots, tokens) became free lately; idle time does not count.
+    """How fast units (slots, tokens) became free lately, in all API workers; idle time does not count.
 
     Args:
+        freed: units that ever became free.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, freed: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+        self._freed = freed
         self._clock = clock
-        self._busy_since = clock()
-        self._bins: deque[tuple[int, int]] = deque()
+        self._seen = deque([(clock(), freed())])
 
-    def busy(self) -> None:
-        """Something came in while nothing was there: a new measurement begins."""
-        self._busy_since = self._clock()
-        self._bins.clear()
+    def look(self, idle: bool = False) -> None:
+        """Called whenever units come or go in this worker; notes the count at most once a second.
 
-    def freed(self, units: int) -> None:
-        """`units` became free just now."""
-        second = int(self._clock())
-        if self._bins and self._bins[-1][0] == second:
-            units += self._bins.pop()[1]
-        self._bins.append((second, units))
+        Args:
+            idle: nothing was there until now: a new measurement begins.
+        """
+        now = self._clock()
+        if idle:
+            self._seen.clear()
+        if not self._seen or now - self._seen[-1][0] >= 1:
+            self._seen.append((now, self._freed()))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - WINDOW_S:
+            self._seen.popleft()
 
     def retry_after(self, units: int) -> int:
         """Whole seconds until `units` more will probably be free, 1 to 120."""
-        now = self._clock()
-        while self._bins and self._bins[0][0] < now - WINDOW_S:
-            self._bins.popleft()
-        elapsed = min(now - self._busy_since, WINDOW_S)
-        freed = sum(units for _, units in self._bins)
+        since, freed_then = self._seen[0]
+        elapsed = min(self._clock() - since, WINDOW_S)
+        freed = self._freed() - freed_then
         return min(max(math.ceil(units * elapsed / max(freed, 1)), MIN_RETRY_S), MAX_RETRY_S)
 
 
@@ -95,7 +98,7 @@ class Ticket:
 
 
 class Admission:
-    """Counts what is in flight in this process and says no when it is too much.
+    """Counts what is in flight in this server and says no when it is too much.
 
     Args:
         max_requests: slots; a request with n choices takes n.
@@ -103,6 +106,7 @@ class Admission:
             other waits.
         on_reject: told the reason of each refusal (for the metrics).
         clock: seconds, monotonic.
+        table, line: where this worker writes its counts and reads those of the others; None = there are no others.
     """
 
     def __init__(
@@ -111,16 +115,26 @@ class Admission:
         max_tokens: int,
         on_reject: Callable[[RejectReason], None] = lambda reason: None,
         clock: Callable[[], float] = time.monotonic,
+        table: AdmissionTable | None = None,
+        line: int = 0,
     ) -> None:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
-        self.requests = 0
-        """Slots taken."""
-        self.tokens = 0
-        """Prompt tokens waiting."""
         self._on_reject = on_reject
-        self._slot_rate = DrainRate(clock)
-        self._token_rate = DrainRate(clock)
+        self._table = table = table or AdmissionTable.private()
+        self._line = line
+        self._slot_rate = DrainRate(lambda: table.total(Column.FREED_SLOTS), clock)
+        self._token_rate = DrainRate(lambda: table.total(Column.FREED_TOKENS), clock)
+
+    @property
+    def requests(self) -> int:
+        """Slots taken in this worker."""
+        return self._table.get(self._line, Column.SLOTS)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens waiting in this worker."""
+        return self._table.get(self._line, Column.TOKENS)
 
     def reserve(self, n: int, prompt_tokens: int = 0) -> Ticket:
         """Takes n slots and room for an upper bound of prompt tokens, before anything costly is done.
@@ -129,35 +143,35 @@ class Admission:
         """
         if n > self.max_requests:
             raise invalid(f"n is {n}, but this server takes at most {self.max_requests} choices at a time.", "n")
-        if self.requests + n > self.max_requests:
-            raise self._full("requests", self._slot_rate.retry_after(self.requests + n - self.max_requests))
-        self._check_tokens(0, prompt_tokens)
-        if self.requests == 0:
-            self._slot_rate.busy()
-        if self.tokens == 0:
-            self._token_rate.busy()
-        self.requests += n
-        self.tokens += prompt_tokens
+        taken, waiting = self._table.total(Column.SLOTS), self._table.total(Column.TOKENS)
+        self._slot_rate.look(idle=taken == 0)
+        self._token_rate.look(idle=waiting == 0)
+        if taken + n > self.max_requests:
+            raise self._full("requests", self._slot_rate.retry_after(taken + n - self.max_requests))
+        self._check_tokens(waiting, prompt_tokens)
+        self._table.add(self._line, Column.SLOTS, n)
+        self._table.add(self._line, Column.TOKENS, prompt_tokens)
         return Ticket(self, n, prompt_tokens)
 
     def resize(self, reserved: int, tokens: int) -> None:
         """Replaces one ticket's share of the waiting tokens. Raises: ApiError 503, the share stays as it was."""
         if tokens > reserved:
-            self._check_tokens(reserved, tokens)
-        self.tokens += tokens - reserved
+            self._check_tokens(self._table.total(Column.TOKENS) - reserved, tokens)
+        self._table.add(self._line, Column.TOKENS, tokens - reserved)
 
     def free_tokens(self, tokens: int) -> None:
         """Prompt tokens that wait no more."""
-        self.tokens -= tokens
-        self._token_rate.freed(tokens)
+        self._table.add(self._line, Column.TOKENS, -tokens)
+        self._table.add(self._line, Column.FREED_TOKENS, tokens)
+        self._token_rate.look()
 
     def free_slots(self, slots: int) -> None:
         """Slots that are free again."""
-        self.requests -= slots
-        self._slot_rate.freed(slots)
+        self._table.add(self._line, Column.SLOTS, -slots)
+        self._table.add(self._line, Column.FREED_SLOTS, slots)
+        self._slot_rate.look()
 
-    def _check_tokens(self, reserved: int, tokens: int) -> None:
-        others = self.tokens - reserved
+    def _check_tokens(self, others: int, tokens: int) -> None:
         if others > 0 and others + tokens > self.max_tokens:
             raise self._full("tokens", self._token_rate.retry_after(others + tokens - self.max_tokens))
 

@@ -126,6 +126,7 @@ def serve(settings: Settings) -> int:
         settings.port,
         run_worker,
         settings,
+        workers=settings.num_api_workers,
         drain_timeout=settings.drain_timeout,
         on_report=lambda report: screen[0].on_report(report),
     )

@@ -6,6 +6,7 @@ is made, wherever it came from, so that all three sources are checked alike; err
 
 import difflib
 import ipaddress
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from ropeway.server.errors import UsageError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEMO_NAME = "ropeway-demo"
+MAX_API_WORKERS, AUTO_API_WORKERS, CORES_PER_API_WORKER = 64, 8, 4
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -56,6 +58,13 @@ def parse_device(text: str) -> str:
     name, _, number = text.partition(":")
     if text not in ("auto", "cpu", "cuda") and not (name == "cuda" and number.isdigit()):
         raise ValueError("is one of auto, cpu, cuda, cuda:N")
+    return text
+
+
+def parse_workers(text: str) -> str:
+    """ "auto" or a number."""
+    if text != "auto" and not (len(text) < 3 and text.isdecimal() and 1 <= int(text) <= MAX_API_WORKERS):
+        raise ValueError(f"is auto or a whole number from 1 to {MAX_API_WORKERS}")
     return text
 
 
@@ -131,6 +140,12 @@ class Settings:
     host: str = flag("127.0.0.1", SERVER, "address to listen on")
     port: int = flag(8000, SERVER, "port to listen on; 0 = any free one", low=0, high=65535)
     root_path: str = flag("", SERVER, "path prefix under which a proxy shows the server")
+    api_workers: str = flag(
+        "auto",
+        SERVER,
+        f"processes that answer HTTP; auto: one per {CORES_PER_API_WORKER} cores, 1 to {AUTO_API_WORKERS}",
+        parse=parse_workers,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = flag("info", SERVER, "of what goes to stderr")
 
     @property
@@ -146,6 +161,14 @@ class Settings:
     def has_keys(self) -> bool:
         """Whether callers need a key."""
         return bool(self.api_key or self.api_key_file)
+
+    @property
+    def num_api_workers(self) -> int:
+        """Processes that answer HTTP; auto counts the cores that this process may use."""
+        if self.api_workers != "auto":
+            return int(self.api_workers)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(cores // CORES_PER_API_WORKER, 1), AUTO_API_WORKERS)
 
     @property
     def max_queued_requests(self) -> int:
@@ -334,7 +357,6 @@ NOT_BUILT = {
     "--pipeline-parallel-size": "a model runs on one device",
     "--data-parallel-size": "start one server per device behind a balancer",
     "--kv-cache-dtype": "the KV cache has the dtype of the weights",
-    "--api-workers": "one process answers HTTP",
     "--deterministic": "only float32 gives the same tokens whatever shares the batch",
     "--ssl-keyfile": "let a proxy terminate TLS",
     "--ssl-certfile": "let a proxy terminate TLS",

@@ -116,6 +116,7 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
             f"{info.max_model_len} tokens per request, {info.max_num_seqs} rows and {info.max_num_batched_tokens} "
             f"tokens per step, {settings.max_queued_requests} choices in flight",
         ),
+        ("API workers", str(settings.num_api_workers)),
         ("sampling", sampling_defaults(info, settings)),
         ("access", access_line(settings)),
     ]

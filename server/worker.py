@@ -2,11 +2,15 @@
 
 supervisor    spawn                                Drain(deadline)
 worker        health answers ... engine ready, tokenizer loaded ... 503 to new, streams finish ... exit 0
+
+Of several workers one answers while the model loads. Another, also one that replaces a dead worker, takes no connection
+before it is loaded: so nobody hears "loading" from it after a neighbour has said "ready".
 """
 
 import asyncio
 import contextlib
 import logging
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +19,11 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
+from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.client import EngineClient, EngineFailed
 from ropeway.scheduler.process_metrics import ProcessMetrics
 from ropeway.scheduler.processes import WorkerContext
+from ropeway.server.acceptor import Acceptor
 from ropeway.server.admission import Admission
 from ropeway.server.app import create_app
 from ropeway.server.http_protocol import LimitedHttpProtocol
@@ -58,14 +64,19 @@ async def serve(context: WorkerContext) -> None:
     client = EngineClient(context)
     await client.start()
     metrics = RequestMetrics(settings.served_names[0])
-    admission = Admission(settings.max_queued_requests, settings.max_queued_tokens, metrics.rejected)
+    table = AdmissionTable.open(context.directory)
+    admission = Admission(
+        settings.max_queued_requests, settings.max_queued_tokens, metrics.rejected, table=table, line=context.line
+    )
     services = Services(settings=settings, client=client, admission=admission, metrics=metrics)
     server = make_server(create_app(services, KeyRing.load(settings)))
     process = ProcessMetrics(f"worker-{context.worker}")
     watching = asyncio.create_task(watch_loop(metrics, process, lambda: services.why_unready() is None))
-    loading = asyncio.create_task(load(services))
-    serving = asyncio.create_task(server.serve(sockets=[context.listener]))
+    loading = asyncio.create_task(load(services, table, context.line))
     draining = asyncio.create_task(drain(services))
+    if context.line > 0 or table.total(Column.LOADED):
+        await asyncio.wait({loading, draining}, return_when=asyncio.FIRST_COMPLETED)
+    serving = asyncio.create_task(server.serve(sockets=[context.listener]))
     await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
@@ -75,12 +86,20 @@ async def serve(context: WorkerContext) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with signals left to the supervisor."""
+    """uvicorn's, with signals left to the supervisor, on sockets that other workers listen to as well."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Captures none."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens with our acceptor instead of the event loop's."""
+        await super().startup(sockets=[])
+        self.servers = [Acceptor(listener, self._make_protocol) for listener in sockets or ()]  # type: ignore[misc]
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        return LimitedHttpProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
 
 def make_server(app: FastAPI) -> Server:
@@ -100,14 +119,15 @@ def make_server(app: FastAPI) -> Server:
     return Server(config)
 
 
-async def load(services: Services) -> None:
+async def load(services: Services, table: AdmissionTable, line: int) -> None:
     """Waits for the engine, then loads what the routes need. An engine that never comes ends the server elsewhere."""
     with contextlib.suppress(EngineFailed):
         await services.load(await services.client.wait_ready())
+        table.add(line, Column.LOADED, 1)
 
 
 async def drain(services: Services) -> None:
-    """Returns when the worker may go: nothing runs any more, or the deadline came and the rest was cut off."""
+    """Returns when this worker may go: nothing runs in it any more, or the deadline came and the rest was cut off."""
     deadline = await services.client.wait_drain()
     while services.admission.requests and time.monotonic() < deadline:
         await asyncio.sleep(DRAIN_TICK_S)

@@ -80,7 +80,7 @@ def free_port() -> int:
 def start_server(*flags: str, env: dict[str, str] | None = None) -> RunningServer:
     """Starts `ropeway serve` on a free port and waits until it is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "ropeway.server.cli", "serve", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "ropeway.server.cli", "serve", "--port", str(port), "--api-workers", "1", *flags]
     process = subprocess.Popen(command, text=True, env=os.environ | (env or {}))
     server = RunningServer(process, port)
     deadline = time.monotonic() + START_LIMIT_S

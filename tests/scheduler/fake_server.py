@@ -26,6 +26,7 @@ from ropeway.kernels.errors import LoadError
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import StepInput
 from ropeway.scheduler import engine_process
+from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.client import EngineClient, EngineError
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine_process import Loaded, Progress
@@ -122,19 +123,28 @@ class Worker:
 
     def __init__(self, context: WorkerContext) -> None:
         self.context = context
+        self.table = AdmissionTable.open(context.directory)
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         self.client = EngineClient(self.context)
         await self.client.start()
+        if self.context.line > 0 or self.table.total(Column.LOADED):
+            await self.client.wait_ready()
+        loading = asyncio.create_task(self.load())
         server = await asyncio.start_server(self.serve, sock=self.context.listener)
         deadline = await self.client.wait_drain()
         server.close()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=deadline - time.monotonic())
+        loading.cancel()
         await self.client.close()  # ends the rest with an error
         if self.tasks:
             await asyncio.wait(self.tasks)
+
+    async def load(self) -> None:
+        await self.client.wait_ready()
+        self.table.add(self.context.line, Column.LOADED, 1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -160,6 +170,8 @@ class Worker:
 
     async def generate(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         sampling = SamplingParams(seed=request.pop("seed", 0))
+        n = request.get("n", 1)
+        self.table.add(self.context.line, Column.SLOTS, n)
         try:
             stream = self.client.submit(request.pop("prompt"), sampling, request.pop("max_tokens"), **request)
             async for rows in stream:
@@ -168,6 +180,8 @@ class Worker:
             self.say(writer, {"error": error.code})
         else:
             self.say(writer, {"done": True})
+        finally:
+            self.table.add(self.context.line, Column.SLOTS, -n)
 
     def say(self, writer: asyncio.StreamWriter, line: Any) -> None:
         writer.write(json.dumps(line).encode() + b"\n")

@@ -20,6 +20,8 @@ import psutil
 import pytest
 from fake_server import BROKEN_MODEL, DEADLY, DYING_MODEL, FROZEN_MODEL, HANGING
 
+from ropeway.scheduler.admission_table import AdmissionTable, Column
+
 LIMIT_S = 60.0
 SCRIPT = Path(__file__).with_name("fake_server.py")
 PROMPT = {"prompt": [1, 2, 3, 4, 5, 6, 7], "max_tokens": 200, "n": 2, "seed": 11}
@@ -41,6 +43,7 @@ class Answer:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S)
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._file = self._socket.makefile("rb")
+        self.port = self._socket.getsockname()[1]
         self.tokens: dict[int, list[int]] = {}
         self.finish: dict[int, str] = {}
 
@@ -241,6 +244,51 @@ def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) ->
     _, text = server.process.communicate(timeout=LIMIT_S)
     assert server.process.returncode == 1
     assert text.splitlines()[-1] == "ropeway: API workers keep dying; the last one exited with code 3."
+
+
+def worker_of(server: Server, answer: Answer) -> int:
+    """Pid of the API worker that holds a connection."""
+
+    def holders() -> list[int]:
+        return [
+            child.pid
+            for child in children(server)
+            for connection in child.net_connections("tcp4")
+            if connection.raddr and connection.raddr.port == answer.port
+        ]
+
+    pid: int = wait_for(holders, "a worker that takes the connection")[0]
+    return pid
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_one_of_several_workers_dies(start: Callable[..., Server], workers: int) -> None:
+    """Guards the clients of the other workers: the dead one's see a closed connection, all else goes on with the same
+    tokens; a new worker takes its place; nothing of the dead one stays in flight."""
+    server = start(workers=workers)
+    directory = server.wait_ready()["directory"]
+    table = AdmissionTable.open(directory)
+    wait_for(lambda: table.total(Column.LOADED) == workers, "all workers")
+    expected = undisturbed(server)
+    holders: dict[Answer, int] = {}
+    while len(set(holders.values())) < 2 or len(holders) < 6:
+        assert len(holders) < 100
+        answer = server.ask(**PROMPT)
+        holders[answer] = worker_of(server, answer)
+    victim = next(iter(holders.values()))
+    next(iter(holders)).read_tokens(5)
+    os.kill(victim, signal.SIGKILL)
+    between = server.ask(**PROMPT)
+    for answer, pid in holders.items():
+        end = answer.rest()
+        assert end == ({"error": "closed"} if pid == victim else {"done": True})
+        assert pid == victim or answer.tokens == expected
+    assert between.rest() == {"done": True} and between.tokens == expected
+    wait_for(lambda: table.total(Column.LOADED) == workers, "another worker")
+    wait_for(lambda: not table.total(Column.SLOTS), "the end of all requests")
+    wait_for(lambda: (s := server.status()) and not (s["running"] + s["waiting"] + s["kv_usage"]), "an idle engine")
+    assert server.status()["generation"] == 1
+    assert server.end(signal.SIGTERM) == 0
 
 
 @pytest.mark.parametrize("model", ["fake", FROZEN_MODEL])

@@ -1,7 +1,11 @@
 """The bounded queue: what fits, what does not, and when to come back."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
+from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.server.admission import MAX_RETRY_S, Admission, DrainRate
 from ropeway.server.errors import ApiError
 
@@ -109,17 +113,32 @@ def test_one_long_prompt_fits_an_empty_queue(admission: Admission) -> None:
 
 def test_retry_after_follows_the_drain_rate(clock: Clock) -> None:
     """Guards Retry-After: twice the rate, half the wait; idle time is no measurement; always 1 to 120."""
-    rate = DrainRate(clock)
+    freed = 100
+    rate = DrainRate(lambda: freed, clock)
     clock.now += 500
-    rate.busy()
+    rate.look(idle=True)
     for _ in range(10):
         clock.now += 1
-        rate.freed(2)
+        freed += 2
+        rate.look()
     assert rate.retry_after(20) == 10
     assert rate.retry_after(1) == 1
     assert rate.retry_after(10**9) == MAX_RETRY_S
-    clock.now += 25  # the first of ten seconds with two each have left the window of 30
-    assert rate.retry_after(10) == round(10 * 30 / 12)
+    clock.now += 25  # the first five of ten seconds with two each have left the window of 30
+    rate.look()
+    assert rate.retry_after(10) == round(10 * 30 / 10)
+
+
+def test_retry_after_counts_what_other_workers_freed(clock: Clock) -> None:
+    """Guards Retry-After with several workers: the queue drains through all of them."""
+    table = AdmissionTable.private()
+    admission = Admission(4, 100, clock=clock, table=table)
+    admission.reserve(4)
+    clock.now += 20
+    table.add(0, Column.FREED_SLOTS, 10)  # as another worker's line would
+    with pytest.raises(ApiError) as caught:
+        admission.reserve(4)
+    assert retry_after(caught) == 8
 
 
 def test_a_stuck_server_asks_for_patience(clock: Clock, admission: Admission) -> None:
@@ -129,3 +148,55 @@ def test_a_stuck_server_asks_for_patience(clock: Clock, admission: Admission) ->
     with pytest.raises(ApiError) as caught:
         admission.reserve(2)
     assert retry_after(caught) == 40
+
+
+def two_workers(tmp_path: Path, kind: type[AdmissionTable] = AdmissionTable) -> tuple[Admission, Admission]:
+    """Two API workers' views of one queue of 4 requests and 100 tokens."""
+    AdmissionTable.create(str(tmp_path), 2)
+    first, second = (Admission(4, 100, table=kind.open(str(tmp_path)), line=line) for line in range(2))
+    return first, second
+
+
+def test_workers_share_the_bounds(tmp_path: Path) -> None:
+    """Guards against a queue per worker: what one took the other cannot have, and each gives back its own."""
+    first, second = two_workers(tmp_path)
+    ticket = first.reserve(3, 90)
+    with pytest.raises(ApiError, match="requests"):
+        second.reserve(2)
+    with pytest.raises(ApiError, match="tokens"):
+        second.reserve(1, 20)
+    other = second.reserve(1)
+    with pytest.raises(ApiError, match="tokens"):
+        other.settle(20)
+    assert (first.requests, second.requests) == (3, 1)
+    ticket.release()
+    assert (first.requests, first.tokens, second.requests) == (0, 0, 1)
+    second.reserve(3, 90)
+
+
+class Overtaken(AdmissionTable):
+    """Between a worker's look at the sums and its own entry, `others` run."""
+
+    others: Callable[[], None] = staticmethod(lambda: None)
+
+    def add(self, line: int, column: Column, amount: int) -> None:
+        others, Overtaken.others = Overtaken.others, staticmethod(lambda: None)
+        others()
+        super().add(line, column, amount)
+
+
+def test_the_race_costs_one_request(tmp_path: Path) -> None:
+    """Guards the promised bound: however often another worker overtakes, it adds what fits and never more."""
+    first, second = two_workers(tmp_path, Overtaken)
+    first.reserve(3)
+
+    def overtake() -> None:
+        second.reserve(1)
+        with pytest.raises(ApiError, match="requests"):
+            second.reserve(1)
+
+    Overtaken.others = staticmethod(overtake)
+    first.reserve(1)
+    assert first.requests + second.requests == 4 + 1
+    with pytest.raises(ApiError, match="requests"):
+        first.reserve(1)

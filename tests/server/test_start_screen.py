@@ -28,7 +28,7 @@ def shown(settings: Settings, *reports: Heartbeat | EngineReady | LoadFailed, ur
 def test_one_screen(tmp_path: Path) -> None:
     """Guards the promise of one readable screen: model, layout and why, memory plan, limits, defaults, access, URL."""
     info = model_info(write_text_dir(tmp_path))
-    text = shown(Settings(served_model_name=("tiny",)), EngineReady(1, info))
+    text = shown(Settings(served_model_name=("tiny",), api_workers="3"), EngineReady(1, info))
     for words in (
         "tiny (LlamaForCausalLM, 3.6 M parameters)",
         "packed batch in float32 on cpu",
@@ -37,6 +37,7 @@ def test_one_screen(tmp_path: Path) -> None:
         "1.0 MiB: 100 blocks x 16 tokens = 1600 tokens",
         "128 tokens per request, 4 rows and 256 tokens per step, 256 choices in flight",
         "temperature 0.7, top_k 5",
+        "API workers  3",
         "open, without a key, to this machine alone",
         "curl -N http://x:1/v1/chat/completions",
     ):

@@ -70,7 +70,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
         (tmp_path / "config.json").write_text("{}")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        command = [sys.executable, str(HERE / "fake_serve.py"), "serve", str(tmp_path), "--port", str(port), *flags]
+        command = [sys.executable, str(HERE / "fake_serve.py"), "serve", str(tmp_path), "--port", str(port)]
+        command += ["--api-workers", "1", *flags]
         paths = [str(HERE), str(HERE.parent / "scheduler"), os.environ.get("PYTHONPATH", "")]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         with (tmp_path / "log").open("w") as log:
