@@ -38,11 +38,11 @@ def plan_blocks(budget: int, *, bytes_per_block: int, block_size: int, max_model
     per_sequence = -(-max_model_len // block_size)
     blocks = min(budget // bytes_per_block, 1 + max_num_seqs * per_sequence)
     if blocks < 1 + per_sequence:
-        needed = (1 + per_sequence) * bytes_per_block
+        needed, most = (1 + per_sequence) * bytes_per_block, (budget // bytes_per_block - 1) * block_size
+        shorter = f"lower --max-model-len (to {most} at most), or " if most > 0 else ""
         raise NotEnoughMemory(
             f"One sequence of {max_model_len} tokens needs {_size(needed)} of KV cache and there are {_size(budget)}: "
-            f"lower --max-model-len (to {max(0, budget // bytes_per_block - 1) * block_size} at most), "
-            "or raise --kv-cache-memory-bytes or, on a GPU, --gpu-memory-utilization."
+            f"{shorter}raise --kv-cache-memory-bytes or, on a GPU, --gpu-memory-utilization."
         )
     return blocks
 
@@ -66,4 +66,7 @@ def shared_memory(device: torch.device) -> dict[int | str, int]:
 
 
 def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    for unit, name, digits in ((2**30, "GiB", 2), (2**20, "MiB", 1), (2**10, "KiB", 1)):
+        if size >= unit:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{max(size, 0)} bytes"

@@ -110,7 +110,10 @@ def make_private_directory() -> str:
 
     Raises StartError if there is no such place.
     """
-    base = tempfile.gettempdir()
+    try:
+        base = tempfile.gettempdir()
+    except OSError as error:
+        raise StartError("There is no folder for temporary files that can be written to; name one in TMPDIR") from error
     longest = len(os.fsencode(socket_address(f"{base}/ropeway-xxxxxxxx", 10**6, 10**6, "out").removeprefix("ipc://")))
     if longest > LONGEST_SOCKET_PATH:
         base = "/tmp"

@@ -74,8 +74,8 @@ def parse_template(text: str) -> str:
         return text
     try:
         return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
+    except (OSError, UnicodeDecodeError):
+        raise ValueError("wants a template's text or a file of it that can be read") from None
 
 
 SERVER, MODEL, BATCH, LIMITS, SECURITY = "Server", "Model", "Batch and memory", "Limits", "Access"
@@ -273,9 +273,9 @@ def unknown_flag(name: str, where: str = "") -> str:
     if name in NOT_BUILT:
         return f"{where}{name} is not built yet: {NOT_BUILT[name]}."
     known = ["--config", *(flag_name(item.name) for item, _ in flag_fields())]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else "; `ropeway serve --help` lists all."
-    return f"{where}There is no flag {name}{hint}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{where}There is no flag {name}; {hint}`ropeway serve --help` lists all."
 
 
 def convert(raw: Any, hint: Any, shown: Flag, source: str) -> Any:

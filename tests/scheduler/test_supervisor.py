@@ -20,6 +20,7 @@ import psutil
 import pytest
 from fake_server import BROKEN_MODEL, DEADLY, DYING_MODEL, FROZEN_MODEL, HANGING
 
+from ropeway.scheduler import supervisor
 from ropeway.scheduler.admission_table import AdmissionTable, Column
 
 LIMIT_S = 60.0
@@ -409,3 +410,14 @@ def test_signals_to_the_whole_group(start: Callable[..., Server]) -> None:
     server.process.send_signal(signal.SIGINT)
     assert answer.rest() == {"done": True}
     assert server.process.wait(LIMIT_S) == 0
+
+
+def test_no_place_for_the_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards read-only containers: without a temporary folder the start fails in a sentence that says what to do."""
+
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(supervisor.tempfile, "gettempdir", nowhere)
+    with pytest.raises(supervisor.StartError, match="TMPDIR"):
+        supervisor.make_private_directory()

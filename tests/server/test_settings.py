@@ -47,7 +47,7 @@ def test_precedence(tmp_path: Path) -> None:
         ({"batch_layout": "ragged"}, ["--batch-layout", "padded, packed"]),
         ({"device": "tpu"}, ["--device", "cuda:N"]),
         ({"kv_cache_memory_bytes": "2 apples"}, ["--kv-cache-memory-bytes", "2GiB"]),
-        ({"chat_template": "/no/such/file"}, ["--chat-template", "cannot be read"]),
+        ({"chat_template": "/no/such/file"}, ["--chat-template", "a file of it that can be read"]),
         ({"max_num_seqs": "100", "max_num_batched_tokens": "50"}, ["--max-num-batched-tokens", "--max-num-seqs"]),
         ({"root_path": "llm"}, ["--root-path"]),
         ({"host": "0.0.0.0"}, ["--host 0.0.0.0", "--api-key", "--no-auth"]),
