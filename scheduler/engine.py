@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 from ropeway.kernels.step import StepInput, StepOutput
 from ropeway.scheduler.messages import AbortRequest, AddRequest, RowOutput
 from ropeway.scheduler.plan import StepPlan
-from ropeway.scheduler.scheduler import RequestTooLong, Scheduler
+from ropeway.scheduler.row import InvalidRequest
+from ropeway.scheduler.scheduler import Scheduler
 
 
 class Flight(Protocol):
@@ -61,10 +62,10 @@ class Engine:
         self._unread: deque[tuple[StepPlan, Flight]] = deque()
 
     def add(self, owner: int, request: AddRequest) -> None:
-        """Queues a request of API worker `owner`. One that could never be finished is answered by the next step."""
+        """Queues a request of API worker `owner`. One that cannot be run is refused by the next step."""
         try:
             self.scheduler.add(owner, request)
-        except RequestTooLong as error:
+        except InvalidRequest as error:
             self.scheduler.refuse(owner, request, str(error))
 
     def abort(self, owner: int, request: AbortRequest) -> None:

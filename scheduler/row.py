@@ -18,6 +18,10 @@ from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.messages import AddRequest, FinishReason
 
 
+class InvalidRequest(ValueError):
+    """The engine cannot run this request; the message is one sentence for the client."""
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One choice of a request. The first block of fields is filled by `rows_of`, the second by the scheduler."""
@@ -108,7 +112,17 @@ class Row:
 
 
 def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
-    """The choices of a request. Choice i samples with seed + i, wrapping in int64."""
+    """The choices of a request. Choice i samples with seed + i, wrapping in int64.
+
+    Raises InvalidRequest. Workers validate what clients send; this is for a worker's mistake, which may cost its own
+    request but not everybody's engine.
+    """
+    if not request.prompt_ids or min(request.prompt_ids) < 0:
+        raise InvalidRequest("The engine got a prompt without tokens or with a negative token id.")
+    if request.max_tokens < 1:
+        raise InvalidRequest(f"The engine got max_tokens = {request.max_tokens}; it must be at least 1.")
+    if len({choice.index for choice in request.choices}) != len(request.choices):
+        raise InvalidRequest("The engine got a request with the same choice twice.")
     stop_ids = frozenset(request.sampling.stop_token_ids)
     return [
         Row(

@@ -22,7 +22,7 @@ from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.plan import Draft, StepPlan
-from ropeway.scheduler.row import Row, rows_of
+from ropeway.scheduler.row import InvalidRequest, Row, rows_of
 from ropeway.scheduler.waiting import Waiting
 
 Reason = Literal[
@@ -36,8 +36,8 @@ Reason = Literal[
 """Why a row was not in a step, or is in the batch no more."""
 
 
-class RequestTooLong(ValueError):
-    """The request could never be finished, not even alone; the message is one sentence for the client."""
+class RequestTooLong(InvalidRequest):
+    """The request could never be finished, not even alone."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,11 +97,11 @@ class Scheduler:
     # ---- requests come and go ----
 
     def add(self, owner: int, request: AddRequest) -> None:
-        """Queues the choices of a request. Raises RequestTooLong if they could never be finished."""
+        """Queues the choices of a request. Raises InvalidRequest, RequestTooLong if they could never be finished."""
         rows = rows_of(request, owner, self.limits.max_model_len)
-        assert rows and request.prompt_ids, "workers validate requests"
+        if not rows or (owner, request.request_id) in self._choices:
+            raise InvalidRequest("The engine got a request without choices or with an id in use.")
         self._check_length(rows[0])
-        assert (owner, request.request_id) not in self._choices, "request ids are unique"
         self._choices[owner, request.request_id] = rows
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)

@@ -1,8 +1,9 @@
 """Whatever arrives whenever, in whatever memory: every choice gets the tokens that it would get alone."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 import pytest
 from fake_runner import VOCAB, FakeRunner, next_token
 from hypothesis import event, given, note, settings
@@ -461,6 +462,34 @@ def test_a_request_that_never_fits_is_answered_per_choice() -> None:
     assert [(output.choice, output.finish_reason) for output in outputs] == [(0, "error"), (1, "error")]
     assert all(output.error and "50 tokens" in output.error for output in outputs)
     assert (tape.events, engine.has_work) == ([], False)
+
+
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        {"prompt_ids": []},
+        {"prompt_ids": [1, -1]},
+        {"max_tokens": 0},
+        {"choices": []},
+        {"choices": [ChoiceStart(0), ChoiceStart(0)]},
+        {"request_id": 1},
+    ],
+    ids=str,
+)
+def test_an_invalid_request_is_refused_alone(invalid: dict[str, Any]) -> None:
+    """Guards the other clients: what a worker failed to validate once ended the engine for everybody."""
+    engine, _ = small_engine(0)
+    engine.add(0, request(1, [1, 2, 3], max_tokens=2))
+    bad = msgspec.structs.replace(request(2, [1, 2, 3]), **invalid)
+    engine.add(0, bad)
+    outputs: list[RowOutput] = []
+    while engine.has_work:
+        outputs += engine.step(0.0).get(0, [])
+    refused = [output for output in outputs if output.finish_reason == "error"]
+    assert [output.choice for output in refused] == [choice.index for choice in bad.choices]
+    assert all(output.request_id == bad.request_id and output.error for output in refused)
+    good = [output for output in outputs if output.request_id == 1 and output.finish_reason != "error"]
+    assert [output.token_ids for output in good] == [[5], [5]]
 
 
 def test_counters_tell_real_from_computed_tokens() -> None:
