@@ -3,7 +3,7 @@
 It holds each unfinished request with the tokens it already gave out. When the engine dies and the next one is ready,
 it sends them again with those tokens, and the streams go on where they stopped: noise depends on seed and position
 alone. Tokens of a dead engine are dropped: the sockets carry the generation in their names. A request that two engines
-died with is quarantined: it may be what killed them.
+died with, without 32 tokens between, is quarantined: it may be what killed them.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ _WORKER_SHIFT = 40
 
 
 class NotReady(EngineError):
-    """No request can be taken now; `code` is "loading", "engine_restarting" or "engine_failed"."""
+    """No request can be taken now; `code` is "loading", "engine_restarting", "engine_failed" or, closed, "draining"."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -100,7 +100,7 @@ class EngineClient:
         self._hear_supervisor()
 
     async def close(self) -> None:
-        """Ends every unfinished stream with EngineFailed and frees all descriptors. Idempotent."""
+        """Ends every unfinished stream with EngineFailed, frees all descriptors, takes nothing more. Idempotent."""
         if self._zmq.closed:
             return
         asyncio.get_running_loop().remove_reader(self._context.control.fileno())
@@ -143,7 +143,7 @@ class EngineClient:
     def _unready_reason(self) -> str:
         if self._lost:
             return "engine_failed"
-        if self._draining.is_set():
+        if self._draining.is_set() or self._zmq.closed:
             return "draining"
         if self.info is None:
             return "loading"
@@ -168,6 +168,8 @@ class EngineClient:
 
         Raises NotReady. While draining it still takes requests: when to refuse is the server's policy.
         """
+        if self._zmq.closed:
+            raise NotReady("draining", "The API worker is shutting down.")
         if self._lost:
             raise NotReady("engine_failed", "The engine died and will not come back.")
         if not self._live:
@@ -218,11 +220,11 @@ class EngineClient:
                 self._beat = message
                 self._heard = time.monotonic()
             case EngineStarting():
-                self._on_engine_death()
+                self._on_engine_death(message.died)
                 self._beat = Heartbeat(message.generation, "loading")
                 self._open_sockets(message.generation)
             case EngineLost():
-                self._on_engine_death()
+                self._on_engine_death(math.inf)
                 self._lost = message.message
                 self._fail_all(message.message)
                 self._ready.set()
@@ -230,14 +232,16 @@ class EngineClient:
                 self._deadline = message.deadline
                 self._draining.set()
 
-    def _on_engine_death(self) -> None:
-        """Takes what the engine had still sent; then its requests have one death more."""
+    def _on_engine_death(self, died: float) -> None:
+        """Takes what the engine had still sent; then its requests, not those that came after, have one death more."""
         self._hear_engine()
         self._close_sockets()
         was_live, self._live = self._live, False
         self._ready.clear()
         for stream in list(self._streams.values()) if was_live else ():
-            stream.deaths += 1
+            if stream.arrival >= died:
+                continue
+            stream.lose_engine()
             if stream.deaths >= MAX_DEATHS:
                 del self._streams[stream.request_id]
                 stream.fail(Quarantined("The engine died twice while it worked on this request; it is not retried."))

@@ -8,6 +8,7 @@ messages of another generation. A worker is known by a number that no later work
 `time.monotonic()` seconds, which all processes of one machine share.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -180,6 +181,8 @@ class EngineStarting(msgspec.Struct, tag="engine_starting"):
     """Supervisor -> worker, sent the moment an engine is (re)started: any earlier generation is dead."""
 
     generation: int
+    died: float = math.inf
+    """When the supervisor found the engine before it dead: a request that arrived later was not with it."""
 
 
 class EngineLost(msgspec.Struct, tag="engine_lost"):

@@ -6,11 +6,16 @@ than its own tokens.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, RowOutput
+
+FORGIVEN_TOKENS = 32
+"""Tokens of one choice after which a request did not kill the last engine. Fewer would let a request that kills again
+after its first tokens take engines until the restart budget ends the server."""
 
 
 class EngineError(Exception):
@@ -20,7 +25,7 @@ class EngineError(Exception):
 
 
 class Quarantined(EngineError):
-    """The request was present at two engine deaths: it is not tried again."""
+    """The request was present at two engine deaths and did not get far between them: it is not tried again."""
 
     code = "quarantined"
 
@@ -41,6 +46,7 @@ class RequestStream:
     def __init__(self, request: AddRequest, forget: Callable[["RequestStream", int | None], None]) -> None:
         """`forget(stream, choice)` is called when the consumer wants no more of a choice, or of any (None)."""
         self.request_id = request.request_id
+        self.arrival = request.arrival
         self._forget = forget
         self._request = request
         self._emitted: dict[int, list[int]] = {start.index: [] for start in request.choices}
@@ -48,8 +54,9 @@ class RequestStream:
         self._pending: dict[int, RowOutput] = {}
         self._error: EngineError | None = None
         self._wake = asyncio.Event()
+        self._since_death: Counter[int] = Counter()  # tokens of each choice
         self.deaths = 0
-        """Engines that died with it."""
+        """Engines that died with it; none again once a choice got `FORGIVEN_TOKENS` from the next engine."""
 
     def __aiter__(self) -> AsyncIterator[list[RowOutput]]:
         return self
@@ -90,11 +97,19 @@ class RequestStream:
         if emitted and output.cached_tokens is not None:
             output.cached_tokens = None  # of the restarted engine, which knows more of the prompt than the first did
         emitted += output.token_ids
+        self._since_death[index] += len(output.token_ids)
+        if self._since_death[index] >= FORGIVEN_TOKENS:
+            self.deaths = 0
         if output.finish_reason:
             self._open.discard(index)
         waiting = self._pending.get(index)
         self._pending[index] = merge(waiting, output) if waiting else output
         self._wake.set()
+
+    def lose_engine(self) -> None:
+        """An engine died with it. Called by the client."""
+        self.deaths += 1
+        self._since_death.clear()
 
     def fail(self, error: EngineError) -> None:
         """Ends the stream with an error. Called by the client."""

@@ -23,6 +23,7 @@ PID 1.
 
 import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -263,10 +264,10 @@ class Supervisor:
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 
-    def _start_engine(self) -> None:
+    def _start_engine(self, died: float = math.inf) -> None:
         self._generation += 1
         self._watchdog = Watchdog(self._limits, time.monotonic())
-        self._tell_workers(EngineStarting(self._generation))
+        self._tell_workers(EngineStarting(self._generation, died))
         workers = tuple(self._workers)
         self._engine = Child(
             f"ropeway-engine-{self._generation}",
@@ -309,6 +310,7 @@ class Supervisor:
 
     def _on_engine_death(self, pid: int, how: str) -> None:
         assert self._metrics
+        died = time.monotonic()
         self._metrics.engine_died(pid)
         reason = self._last_words or f"The engine process {how}."
         if how.endswith("SIGKILL") and not self._last_words and not self._was_ready:
@@ -319,7 +321,7 @@ class Supervisor:
         elif self._engine_budget.spend(time.monotonic()):
             logger.error("%s Starting it again.", reason)
             self._metrics.engine_restarted()
-            self._start_engine()
+            self._start_engine(died)
         else:
             self._failure = f"The engine keeps dying and is not started again. {reason}"
             self._tell_workers(EngineLost(self._failure))

@@ -231,6 +231,22 @@ async def test_two_deaths_are_quarantine(world: World, client: EngineClient) -> 
     assert (request.request_id, young.deaths) == (young.request_id, 1)
 
 
+async def test_who_came_after_the_death_is_not_charged(world: World, client: EngineClient) -> None:
+    """Guards requests that meet a dead engine before the news of its death: they were not with it."""
+    await world.start_engine()
+    await client.wait_ready()
+    present = client.submit([1], GREEDY, 9)
+    died = time.monotonic()
+    late = client.submit([2], GREEDY, 9)
+    second = FakeEngine(world.context, world.directory, 2)
+    world.engines.append(second)
+    world.tell(EngineStarting(2, died))
+    second.ready()
+    requests = [await second.receive(), await second.receive()]
+    assert {request.request_id for request in requests} == {present.request_id, late.request_id}
+    assert (present.deaths, late.deaths) == (1, 0)
+
+
 async def test_what_is_refused_and_why(world: World, client: EngineClient) -> None:
     """Guards the codes that become 503s: loading, restarting, lost; and streams end when all is lost."""
     assert (client.status.reason, client.info) == ("loading", None)
@@ -315,3 +331,13 @@ async def test_closing_ends_streams_and_sockets(world: World, client: EngineClie
     with pytest.raises(EngineFailed):
         await anext(stream)
     stream.abort()
+
+
+async def test_a_closed_client_takes_nothing(world: World, client: EngineClient) -> None:
+    """Guards the last requests before a worker's exit: they were asserted away, and their streams never ended."""
+    await world.start_engine()
+    await client.wait_ready()
+    await client.close()
+    with pytest.raises(NotReady) as closed:
+        client.submit([1], GREEDY, 1)
+    assert (closed.value.code, client.status.reason, client._streams) == ("draining", "draining", {})

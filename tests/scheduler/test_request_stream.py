@@ -7,7 +7,7 @@ import pytest
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import TokenLogprobs
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, RowOutput
-from ropeway.scheduler.request_stream import EngineFailed, RequestStream, merge
+from ropeway.scheduler.request_stream import FORGIVEN_TOKENS, EngineFailed, RequestStream, merge
 
 
 def make(n: int = 1) -> tuple[RequestStream, list[int | None]]:
@@ -47,6 +47,22 @@ async def test_a_waiting_consumer_wakes_up() -> None:
     stream.abort()
     assert await waiting is None
     assert forgotten == [None]
+
+
+def test_deaths_far_apart_are_forgotten() -> None:
+    """Guards long streams: two engines that died of others must not end them; a poison's few tokens clear nothing."""
+    stream, _ = make(2)
+    stream.lose_engine()
+    for _ in range(FORGIVEN_TOKENS - 1):
+        stream.take(RowOutput(3, 0, [5]))
+        stream.take(RowOutput(3, 1, [5]))
+    assert stream.deaths == 1
+    stream.lose_engine()
+    stream.take(RowOutput(3, 0, [5]))
+    assert stream.deaths == 2  # those before the death do not count
+    for _ in range(FORGIVEN_TOKENS - 1):
+        stream.take(RowOutput(3, 0, [5]))
+    assert stream.deaths == 0
 
 
 def test_resuming_asks_for_what_is_open() -> None:

@@ -152,8 +152,8 @@ def assert_nothing_left(family: list[psutil.Process], directory: str | None) -> 
 
 
 def test_engine_killed_twice(start: Callable[..., Server]) -> None:
-    """Guards resumed streams: after one death the same tokens as undisturbed; a request present at two is quarantined,
-    one present at the second alone is not."""
+    """Guards resumed streams: after one death the same tokens as undisturbed, and after another one that was far from
+    it; two deaths close together quarantine, see the deadly request below."""
     server = start()
     server.wait_ready()
     expected = undisturbed(server)
@@ -163,13 +163,10 @@ def test_engine_killed_twice(start: Callable[..., Server]) -> None:
     first.read_tokens(len(first.tokens[0]) + 20)
     status = server.wait_ready(2)
     second = server.ask(**PROMPT)
-    second.read_tokens(20)
+    second.read_tokens(40)  # so `first`, in the same steps, got enough of the second engine to be trusted
     os.kill(status["engine"], signal.SIGKILL)
-    assert first.rest() == {"error": "quarantined"}
-    assert 40 <= len(first.tokens[0]) < 200
-    assert first.tokens[0] == expected[0][: len(first.tokens[0])]
-    assert second.rest() == {"done": True}
-    assert second.tokens == expected
+    assert [first.rest(), second.rest()] == [{"done": True}, {"done": True}]
+    assert [first.tokens, second.tokens] == [expected, expected]
     assert server.status()["generation"] == 3
     assert server.end(signal.SIGTERM) == 0
 
