@@ -1,8 +1,8 @@
 """Child process hygiene, and what a child is given at birth. Knows no engine, no HTTP and no policy.
 
 A child never outlives the supervisor: it sets the parent-death signal and then checks that its parent still lives. It
-leaves SIGINT and SIGTERM (a Ctrl-C or a service manager sends them to every process of the group) to the supervisor,
-which tells it over its control pipe what to do. SIGUSR1 prints the stacks of all threads to stderr.
+leaves SIGINT, SIGTERM and SIGHUP (a terminal or a service manager sends them to every process of the group) to the
+supervisor, which tells it over its control pipe what to do. SIGUSR1 prints the stacks of all threads to stderr.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.messages import EngineControl, EngineReport, WorkerControl
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LEFT_TO_SUPERVISOR = (signal.SIGINT, signal.SIGTERM)
+_LEFT_TO_SUPERVISOR = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_BEFORE_HYGIENE = (*_LEFT_TO_SUPERVISOR, signal.SIGUSR1)
 
 Control = EngineControl | EngineReport | WorkerControl

@@ -16,6 +16,7 @@ PID 1.
       beyond its restart budget            message on stderr, end with 1              -
     worker does not read its pipe          stack dump, SIGKILL: the worker dies       the same
     SIGTERM, SIGINT                        close the port; workers: Drain(deadline)   SIGKILL to all, end with 128 + n
+    SIGHUP                                 a line in the log: nothing is read again   the same
     SIGUSR1                                to every child: it dumps its stacks        the same
     deadline passed                        -                                          SIGKILL to the workers
     all workers gone                       -                                          engine: Stop; end with 0 or 1
@@ -192,7 +193,7 @@ class Supervisor:
         """
         if self._listener is None:
             self.bind()
-        signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD)
+        signals = SignalPipe(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
         try:
             self._set_up()
             self._start_engine()
@@ -232,6 +233,8 @@ class Supervisor:
             for child in (self._engine, *self._workers.values()):
                 if child and child.alive:
                     os.kill(child.pid, signal.SIGUSR1)
+        elif number == signal.SIGHUP:
+            logger.warning("SIGHUP: keys and settings are read at the start only; restart the server to change them")
         elif number in (signal.SIGTERM, signal.SIGINT):
             if self._deadline is not None:
                 self._exit_code = 128 + number

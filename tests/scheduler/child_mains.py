@@ -17,8 +17,8 @@ def echo(control: Connection) -> None:
 
 
 def ignored_signals(control: Connection) -> None:
-    """Tells how many of SIGINT and SIGTERM it ignores."""
-    ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+    """Tells how many of SIGINT, SIGTERM and SIGHUP it ignores."""
+    ignored = [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     send_control(control, WorkerGone(sum(ignored)))
 
 

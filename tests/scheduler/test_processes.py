@@ -40,10 +40,11 @@ def test_no_signal_ends_a_child_at_birth() -> None:
     child = Child("young", ignored_signals, lambda control: control)
     os.kill(child.pid, signal.SIGINT)
     os.kill(child.pid, signal.SIGTERM)
-    assert wait_control(child.control) == WorkerGone(2)
+    os.kill(child.pid, signal.SIGHUP)
+    assert wait_control(child.control) == WorkerGone(3)
     assert child.wait(60)
     assert child.close() == "exited with code 0"
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM} == set()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} == set()
 
 
 def test_a_killed_child_shows_where_it_hung(capfd: pytest.CaptureFixture[str]) -> None:

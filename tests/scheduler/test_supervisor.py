@@ -409,6 +409,20 @@ def test_signals_to_the_whole_group(start: Callable[..., Server]) -> None:
     assert server.process.wait(LIMIT_S) == 0
 
 
+def test_sighup_ends_nothing(start: Callable[..., Server]) -> None:
+    """Guards who asks for new keys with SIGHUP, or closes the terminal: its default action ended all streams."""
+    server = start()
+    server.wait_ready()
+    answer = server.ask(**PROMPT)
+    answer.read_tokens(5)
+    for process in (*children(server), server.process):
+        process.send_signal(signal.SIGHUP)
+    assert answer.rest() == {"done": True}
+    assert server.end(signal.SIGTERM) == 0
+    assert server.process.stderr
+    assert "SIGHUP: keys and settings are read at the start only" in server.process.stderr.read()
+
+
 def test_no_place_for_the_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards read-only containers: without a temporary folder the start fails in a sentence that says what to do."""
 
