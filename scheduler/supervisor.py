@@ -14,7 +14,8 @@ PID 1.
                                            engine: WorkerGone; spawn another,         engine: WorkerGone
                                            engine: WorkerStarted
       beyond its restart budget            message on stderr, end with 1              -
-    worker does not read its pipe          stack dump, SIGKILL: the worker dies       the same
+    worker does not read its pipe          it misses heartbeats; what it must know    the same
+                                           and cannot get: stack dump, SIGKILL
     SIGTERM, SIGINT                        close the port; workers: Drain(deadline)   SIGKILL to all, end with 128 + n
     SIGHUP                                 a line in the log: nothing is read again   the same
     SIGUSR1                                to every child: it dumps its stacks        the same
@@ -366,7 +367,8 @@ class Supervisor:
 
     def _tell_workers(self, message: WorkerControl) -> None:
         for child in self._workers.values():
-            if not send_control(child.control, message):
+            # A heartbeat is a gauge: an event loop that stalled for some seconds is not killed for a full pipe of them.
+            if not send_control(child.control, message) and not isinstance(message, Heartbeat):
                 logger.error("%s hangs (does not read its control pipe): killed", child.name)
                 child.kill(self._limits.stack_dump)
 

@@ -4,6 +4,7 @@ Nothing sleeps for luck: every wait polls for a fact with a deadline.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +24,9 @@ from fake_server import BROKEN_MODEL, DEADLY, DYING_MODEL, FROZEN_MODEL, HANGING
 
 from ropeway.scheduler import supervisor
 from ropeway.scheduler.admission_table import AdmissionTable, Column
+from ropeway.scheduler.config import EngineConfig
+from ropeway.scheduler.messages import EngineStarting, Heartbeat
+from ropeway.scheduler.processes import send_control
 
 LIMIT_S = 60.0
 SCRIPT = Path(__file__).with_name("fake_server.py")
@@ -421,6 +426,23 @@ def test_sighup_ends_nothing(start: Callable[..., Server]) -> None:
     assert server.end(signal.SIGTERM) == 0
     assert server.process.stderr
     assert "SIGHUP: keys and settings are read at the start only" in server.process.stderr.read()
+
+
+def test_a_stalled_worker_misses_heartbeats_only() -> None:
+    """Guards a worker whose event loop stalls: a pipe full of heartbeats was its death; what it must know still is."""
+    kills: list[float] = []
+    ours, theirs = multiprocessing.Pipe()
+    child = SimpleNamespace(control=ours, name="worker", kill=kills.append)
+    server = supervisor.Supervisor(EngineConfig("m"), "127.0.0.1", 0, print, None)
+    server._workers = {0: child}  # type: ignore[dict-item]
+    while send_control(ours, Heartbeat(1, "stepping")):
+        pass
+    server._tell_workers(Heartbeat(1, "stepping"))
+    assert kills == []
+    server._tell_workers(EngineStarting(2))
+    assert len(kills) == 1
+    ours.close()
+    theirs.close()
 
 
 def test_no_place_for_the_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
