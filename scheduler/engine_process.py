@@ -103,7 +103,10 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
 
 
 def serve(context: EngineContext, load: Load) -> None:
-    """Loads and loops until the supervisor says stop or is gone. Exits with 1 if the model cannot be loaded."""
+    """Loads and loops until the supervisor says stop or is gone. Exits with 1 if the model cannot be loaded.
+
+    An exception in the loop ends the process at once, with its traceback and 1.
+    """
     pulse = Pulse(context)
     try:
         loaded = load(context.config, f"{context.directory}/text{context.generation}", pulse.progress)
@@ -119,7 +122,13 @@ def serve(context: EngineContext, load: Load) -> None:
 
     loop = EngineLoop(context, build_engine(context.config, loaded), loaded.info)
     pulse.stop()
-    loop.run()
+    try:
+        loop.run()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Tidying up takes torch seconds, in which the workers would believe that the engine lives.
+        os._exit(1)
 
 
 def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:

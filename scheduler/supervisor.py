@@ -284,9 +284,9 @@ class Supervisor:
             while (report := receive_control(engine.control)) is not None:
                 assert isinstance(report, EngineReport)
                 self._on_engine_report(report)
-        except EOFError:  # it is about to die
-            if not engine.wait(GRACE):
-                engine.kill(self._limits.stack_dump)
+        except EOFError:  # it dies, or it is of no use; the workers wait for the news
+            if not engine.wait(TICK):
+                engine.kill()
 
     def _on_engine_report(self, report: EngineReport) -> None:
         match report:

@@ -2,11 +2,16 @@
 
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 
+from fake_server import load
+
+from ropeway.scheduler.engine_loop import EngineLoop
+from ropeway.scheduler.engine_process import serve
 from ropeway.scheduler.messages import Stop, WorkerGone, WorkerStarted
-from ropeway.scheduler.processes import Control, receive_control, send_control
+from ropeway.scheduler.processes import Control, EngineContext, receive_control, send_control
 
 
 def echo(control: Connection) -> None:
@@ -27,6 +32,17 @@ def sleeper(control: Connection) -> None:
     send_control(control, WorkerStarted(os.getpid()))
     while True:
         time.sleep(60)
+
+
+def failing_engine(context: EngineContext) -> None:
+    """An engine whose first step fails, in a process that would take a minute to tidy up."""
+    threading.Thread(target=time.sleep, args=(60,)).start()
+
+    def fail(loop: EngineLoop) -> None:
+        raise ZeroDivisionError("in a step")
+
+    EngineLoop.run = fail  # type: ignore[method-assign]
+    serve(context, load)
 
 
 def wait_control(control: Connection) -> Control:

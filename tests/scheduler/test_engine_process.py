@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_mains import failing_engine
 from fake_runner import FakeRunner
 from fake_server import BLOCK_SIZE, NUM_BLOCKS, model_info
 
@@ -31,6 +32,7 @@ from ropeway.scheduler.processes import Child, EngineContext, WorkerContext, rec
 
 DEMO_MODEL = Path(__file__).parents[2] / "server" / "demo_model"
 LIMIT_S = 120.0
+CONFIG = EngineConfig("fake")
 
 
 def reports(control: Connection) -> Iterator[EngineReport]:
@@ -93,6 +95,16 @@ def test_a_failure_nobody_foresaw(capfd: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capfd.readouterr().err
     ours.close()
     theirs.close()
+
+
+def test_a_failed_step_ends_the_process_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards readiness: an engine that dies must not look alive for as long as its threads and libraries end."""
+    with tempfile.TemporaryDirectory(prefix="rw") as directory:
+        child = Child("failing", failing_engine, lambda control: EngineContext(CONFIG, 1, directory, control, ()))
+        ended = child.wait(30)
+        child.kill()
+        assert ended and child.close() == "exited with code 1"
+    assert "ZeroDivisionError: in a step" in capfd.readouterr().err
 
 
 def test_the_engine_has_the_limits_that_were_loaded() -> None:

@@ -445,6 +445,17 @@ def test_a_stalled_worker_misses_heartbeats_only() -> None:
     theirs.close()
 
 
+def test_an_engine_without_a_pipe_is_killed_soon() -> None:
+    """Guards readiness: for 5 s the supervisor waited for such an engine's end, deaf to signals and workers."""
+    waited, kills = [0.0], [0]
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    child = SimpleNamespace(control=ours, wait=waited.append, kill=lambda: kills.append(1))
+    supervisor.Supervisor(EngineConfig("m"), "127.0.0.1", 0, print, None)._hear_engine(child)  # type: ignore[arg-type]
+    assert sum(waited) <= 0.25 and sum(kills) == 1
+    ours.close()
+
+
 def test_no_place_for_the_private_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards read-only containers: without a temporary folder the start fails in a sentence that says what to do."""
 
