@@ -81,7 +81,7 @@ class AttentionMetadata:
 
     @cached_property
     def groups(self) -> list[_Group]:
-        return [_Group(self._batch, rows, _tokens_of(self._batch, rows)) for rows in _grouped_rows(self._batch)]
+        return [_Group(self._batch, rows, _tokens_of(self._batch, rows)) for rows in grouped_rows(self._batch)]
 
     @cached_property
     def ragged(self) -> triton_attention.RaggedRows:
@@ -189,11 +189,18 @@ def _explicit_attention(
     return out
 
 
-def _grouped_rows(batch: LeftPaddedBatch) -> list[list[int]]:
-    """Decode rows of about the same context together, each longer chunk alone."""
+def grouped_rows(batch: LeftPaddedBatch, short_chunk: int | None = None) -> list[list[int]]:
+    """Decode rows of about the same context together, each longer chunk alone.
+
+    With `short_chunk`, chunks of about the same length go together too: those of at most so many tokens, then one
+    group per power of two.
+    """
     groups: dict[tuple[str, int], list[int]] = {}
     for row, (query, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-        key = ("chunk", row) if query > 1 else ("decode", (max(context, SHORT_CONTEXT) - 1).bit_length())
+        if query == 1:
+            key = ("decode", (max(context, SHORT_CONTEXT) - 1).bit_length())
+        else:
+            key = ("chunk", row if short_chunk is None else (max(query, short_chunk) - 1).bit_length())
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 

@@ -1,8 +1,8 @@
 """The padded layout: the grid materialised as left-padded `[B,T]` tensors, as `generate()` does, over the shared pool.
 
 The universal base and the referee: the model's own mask and position code runs untouched, on a `Cache` whose layers
-write the real tokens to the pool and hand back each row's context, right-aligned. Decode rows and prefill chunks go in
-separate forwards of one step, so that a long chunk does not pad thirty decode rows.
+write the real tokens to the pool and hand back each row's context, right-aligned. Decode rows of about the same context
+and chunks of about the same length go in separate forwards of one step, so that no long row pads thirty short ones.
 """
 
 from typing import Any
@@ -12,10 +12,13 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from ropeway.kernels.attention import context_slots
+from ropeway.kernels.attention import context_slots, grouped_rows
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.forward import ModelCall, plain_attention, use_attention
 from ropeway.kernels.kv_pool import KVPool
+
+SHORT_CHUNK = 16
+"""Chunks with at most this many tokens share a forward: their pads cost less than another one."""
 
 
 class PaddedForward:
@@ -115,7 +118,5 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 
 
 def _parts(batch: LeftPaddedBatch) -> list[list[int]]:
-    """Rows of each forward: the decode rows, the chunks."""
-    decode = [row for row, query in enumerate(batch.query_lens) if query == 1]
-    chunks = [row for row, query in enumerate(batch.query_lens) if query > 1]
-    return [rows for rows in (decode, chunks) if rows]
+    """Rows of each forward. Its places are fewer than twice the tokens, or `SHORT_CHUNK` per row."""
+    return grouped_rows(batch, SHORT_CHUNK)

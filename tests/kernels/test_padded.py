@@ -1,5 +1,7 @@
 """The padded layout against the plain model, every position, teacher-forced."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, build
@@ -93,6 +95,41 @@ def test_pads_are_counted() -> None:
     """Guards padding_ratio, and that a long chunk does not pad the decode rows: 2 x 1 and 3 x 5 places."""
     batch = LeftPaddedBatch.build(StepInput(mixed_rows()), BLOCK_SIZE, CPU)
     assert PaddedForward(build(FAMILIES["llama"]), KVPool(8, BLOCK_SIZE)).computed_slots(batch) == 2 + 15
+
+
+def rows_of(lengths: Sequence[int], starts: Sequence[int]) -> LeftPaddedBatch:
+    """A batch of rows with so many tokens after so many cached ones; all share block 1, since nobody runs it."""
+    rows = [
+        RowInput(index, [1] * length, start, [1] * -(-(start + length) // BLOCK_SIZE))
+        for index, (length, start) in enumerate(zip(lengths, starts, strict=True))
+    ]
+    return LeftPaddedBatch.build(StepInput(rows), BLOCK_SIZE, CPU)
+
+
+@pytest.mark.parametrize("lengths", [[1600] + [10] * 40, [16, 17, 32, 33, 64, 500, 513, 1024, 1, 1], [2, 3, 4]])
+def test_a_long_chunk_pads_no_short_ones(lengths: list[int]) -> None:
+    """Guards ragged prefills: a chunk of 1,600 tokens beside forty of 10 once computed 65,600 places, not 2,000."""
+    forward = PaddedForward(build(FAMILIES["llama"]), KVPool(8, BLOCK_SIZE))
+    places = forward.computed_slots(rows_of(lengths, [0] * len(lengths)))
+    assert sum(lengths) <= places <= sum(length if length == 1 else max(2 * length, 16) for length in lengths)
+
+
+def test_a_long_context_pads_no_short_ones() -> None:
+    """Guards decode rows: one row with 4,000 tokens of context must not make thirty short ones gather as many."""
+    parts = padded._parts(rows_of([1] * 31, [5] * 15 + [4000] + [100] * 15))
+    assert sorted(parts) == [[row for row in range(31) if row != 15], [15]]
+
+
+def test_the_parts_of_a_ragged_step_are_put_together() -> None:
+    """Guards the order of logits when decode rows and chunks of several sizes go in many forwards."""
+    model = build(FAMILIES["llama"])
+    tokens = token_rows((40, 3, 17, 1, 65, 20, 1, 36), VOCAB_SIZE)
+    blocks = iter(range(1, NUM_BLOCKS))
+    rows = [RowInput(i, ids, 0, [next(blocks) for _ in ids[::BLOCK_SIZE]]) for i, ids in enumerate(tokens)]
+    batch = LeftPaddedBatch.build(StepInput(rows), BLOCK_SIZE, CPU)
+    assert len(padded._parts(batch)) > 3
+    logits = PaddedForward(model, KVPool(NUM_BLOCKS, BLOCK_SIZE))(wanting_all_logits(batch))
+    assert largest_difference([logits], [torch.cat(plain_logits(model, tokens))]) < 1e-4
 
 
 def test_freed_blocks_are_not_read() -> None:
