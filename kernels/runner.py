@@ -1,7 +1,8 @@
 """Runs steps: `launch` puts one on the device, `Flight.read` waits for what it gave. Knows no request.
 
 A flight may be read after the next launch: a row's token that is still unread then goes from one launch to the next
-on the device. Nothing in `launch` waits for the device.
+on the device. `launch` waits for no result; on CUDA its copies of the batch to the device, from pageable memory, still
+wait for what the stream was given before them.
 """
 
 from dataclasses import dataclass, replace

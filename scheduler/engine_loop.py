@@ -34,7 +34,8 @@ logger = logging.getLogger("ropeway.engine")
 
 HEARTBEAT_SECONDS = 0.25
 QUEUED_MESSAGES = 1000
-"""Steps a worker may lag behind before it is given up."""
+"""Messages that wait in this end's queue before a worker is given up; as many wait in the worker's, and some kilobytes
+in the kernel between them. A message is what one step gave the worker."""
 
 _KINDS: dict[tuple[bool, bool], StepKind] = {(True, False): "decode", (False, True): "prefill", (True, True): "mixed"}
 """(any decode row, any other row) -> kind of step."""

@@ -38,7 +38,7 @@ class StepRecord:
     """One step, and the engine after it. The last five count since the engine's start."""
 
     seconds: float
-    """From the launch to the end of the step's reading."""
+    """Wall time of the `Engine.step` call that read it; with lag 1 it was launched by the call before."""
     kind: StepKind
     tokens: int
     """Real tokens computed."""
