@@ -85,13 +85,10 @@ def create_router(services: Services) -> APIRouter:
 
 
 async def encode_prompt(services: Services, prompt: Prompt) -> list[int]:
-    """Token ids of one prompt. Raises: ApiError 400."""
+    """Token ids of one prompt."""
     if isinstance(prompt, list):
         return prompt
-    ids = await services.tokenizer.encode([prompt], add_special_tokens=True)
-    if not ids:
-        raise invalid("prompt has no tokens.", "prompt")
-    return ids
+    return await services.tokenizer.encode([prompt], add_special_tokens=True)
 
 
 def answer(

@@ -58,6 +58,8 @@ def generation_request(
     """
     info, tokenizer = services.require_loaded(), services.tokenizer
     field = "prompt" if default_tokens == "short" else "messages"
+    if not prompt_ids:  # a model has nothing to continue
+        raise invalid(f"{field} must not be empty: this prompt has no tokens.", field)
     check_ids(prompt_ids, info.vocab_size, field)
     config = tokenizer.generation_config if services.settings.generation_config == "auto" else {}
     defaults = replace(SamplingDefaults.from_generation_config(config), seed=services.settings.seed)

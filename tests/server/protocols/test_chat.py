@@ -238,6 +238,14 @@ async def test_no_template() -> None:
     assert "no chat template" in error["message"] and "/v1/completions" in error["message"]
 
 
+async def test_prompt_without_tokens() -> None:
+    """Guards the engine, and with it everybody's requests: a prompt of no tokens ended it."""
+    server = Server(rows(), template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    empty = {"messages": [{"role": "system", "content": ""}], "add_generation_prompt": False}
+    error = await server.refused(PATH, empty)
+    assert (error["param"], error["code"]) == ("messages", "invalid_value")
+
+
 async def test_template_error() -> None:
     """Guards the template's own complaint: it reaches the client."""
     server = Server(rows(), template="{{ raise_exception('roles must alternate') }}")
