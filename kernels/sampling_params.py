@@ -41,3 +41,8 @@ class SamplingParams:
     min_tokens: int = 0
     seed: int = 0
     logprobs: int | None = None
+
+
+def wrap_seed(seed: int) -> int:
+    """The int64 that a seed means: `seed + i` of a late choice wraps."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -14,7 +14,7 @@ Knows nothing about budgets, queues or memory: `Scheduler` decides, `BlockPool` 
 
 from dataclasses import dataclass, field, replace
 
-from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
 from ropeway.scheduler.messages import AddRequest, FinishReason
 
 
@@ -130,7 +130,7 @@ def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
             choice=choice.index,
             owner=owner,
             prompt_ids=request.prompt_ids,
-            sampling=replace(request.sampling, seed=_wrap_int64(request.sampling.seed + choice.index)),
+            sampling=replace(request.sampling, seed=wrap_seed(request.sampling.seed + choice.index)),
             stop_ids=stop_ids,
             max_length=min(len(request.prompt_ids) + request.max_tokens, max_model_len),
             tokens=request.prompt_ids + choice.output_ids,
@@ -143,7 +143,3 @@ def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
         )
         for choice in request.choices
     ]
-
-
-def _wrap_int64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63

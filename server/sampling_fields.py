@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
 from ropeway.server.errors import ApiError, invalid
 
 MAX_CHOICES = 128
@@ -267,7 +267,7 @@ def sampling_params(
         allowed_token_ids=tuple(dict.fromkeys(fields.allowed_token_ids or ())),
         stop_token_ids=tuple(sorted(ends)),
         min_tokens=fields.min_tokens or 0,
-        seed=_wrapped(_given(fields.seed, defaults.seed, secrets.randbits(63)) + first_index),
+        seed=wrap_seed(_given(fields.seed, defaults.seed, secrets.randbits(63)) + first_index),
         logprobs=logprobs,
     )
     _check_a_token_is_left(params, vocab_size)
@@ -277,11 +277,6 @@ def sampling_params(
 def _given(*values: Number | None) -> Number:
     """The first that is there; the last always is."""
     return next(value for value in values if value is not None)
-
-
-def _wrapped(seed: int) -> int:
-    """int64, wrapping."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
