@@ -19,8 +19,8 @@ from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError, invalid
 
-UNTRUSTED_ROLES = ("user", "tool")
-"""Whose text may come from anybody: special tokens spelled out in it stay text."""
+TRUSTED_ROLES = ("system", "developer", "assistant")
+"""Every other role's text may come from anybody: special tokens spelled out in it stay text."""
 
 
 class _Generation(Extension):
@@ -135,7 +135,7 @@ class ChatTemplate:
             return False
         found = 0
         for message in messages:
-            if message["role"] in UNTRUSTED_ROLES:
+            if message["role"] not in TRUSTED_ROLES:
                 message["content"], count = self._special.subn(rf"\g<1>{cut}", message["content"])
                 found += count
         return found > 0
