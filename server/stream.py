@@ -101,6 +101,8 @@ class EventStream(Response):
             if not self._started:
                 raise
             await self._write(send, event(error.body()) + DONE, last=True)
+        except ClientLeft:  # nobody is there to read an error event
+            raise
         except Exception:
             if self._started:
                 failure = engine_failure("The server failed on this request.")
