@@ -164,7 +164,7 @@ class Generation:
 
     Iteration yields one list per wake-up: everything that came since the last one, one `ChoiceDelta` per choice.
     Nothing is taken from the engine's stream while nobody asks, so a slow reader's deltas coalesce.
-    Raises ApiError: 500 `engine_error`, 503 `engine_restarting`, 504 `deadline_exceeded`.
+    Raises ApiError: 500 `engine_error`, 503 `draining`, 504 `deadline_exceeded`.
     """
 
     def __init__(self, prompts: list[_Prompt], observer: Observer) -> None:
@@ -313,7 +313,9 @@ def api_error(error: EngineError) -> ApiError:
     """How an engine's refusal looks to a client."""
     if isinstance(error, Quarantined):
         return engine_failure(str(error))
-    code = error.code if isinstance(error, NotReady) and error.code == "loading" else "engine_restarting"
+    code = "draining"  # EngineFailed too means that this server ends
+    if isinstance(error, NotReady) and error.code in ("loading", "engine_restarting"):
+        code = error.code
     return ApiError(503, str(error), code=code, headers={"Retry-After": RETRY_S})
 
 

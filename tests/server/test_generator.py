@@ -187,7 +187,7 @@ async def test_nothing_is_pulled_for_a_slow_reader() -> None:
         ([row(0, [], "timeout", error="The deadline has passed.")], 504, "deadline_exceeded", "timeout"),
         ([row(0, [], "abort")], 500, "engine_error", "error"),
         (Quarantined("Two engines died with this request."), 500, "engine_error", "error"),
-        (EngineFailed("The engine died."), 503, "engine_restarting", "error"),
+        (EngineFailed("The engine died."), 503, "draining", "error"),
         ([], 500, "engine_error", "error"),
     ],
 )
@@ -215,13 +215,22 @@ def replace_tokens(output: Any, ids: list[int]) -> Any:
     return row(output.choice, ids, output.finish_reason, error=output.error)
 
 
-async def test_refused_at_the_door() -> None:
-    """Guards a restart between two prompts: 503, and the prompt that was taken is aborted."""
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("loading", "loading"),
+        ("engine_restarting", "engine_restarting"),
+        ("engine_failed", "draining"),
+        ("draining", "draining"),
+    ],
+)
+async def test_refused_at_the_door(reason: str, code: str) -> None:
+    """Guards a restart between two prompts: 503 with the contract's code, and the prompt that was taken is aborted."""
     client, record = ScriptedClient(None, []), Record()
-    client.refusal = NotReady("engine_restarting", "The engine is being restarted.")
+    client.refusal = NotReady(reason, "The engine takes nothing now.")
     with pytest.raises(ApiError) as caught:
         Generator(client, TOKENIZER).start([BASE], record)
-    assert (caught.value.status, caught.value.code) == (503, "engine_restarting")
+    assert (caught.value.status, caught.value.code) == (503, code)
     assert caught.value.headers["Retry-After"]
     assert record.outcomes == [], "whoever began the record ends it"
 

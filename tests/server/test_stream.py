@@ -136,7 +136,7 @@ async def test_keep_alives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [message["body"] for message in case.wire.messages[1:3]] == [b": keep-alive\n\n"] * 2
     case.rows.feed(EngineFailed("The engine died."))
     await case.ended("error")
-    assert events(case.wire.body)[-1]["error"]["code"] == "engine_restarting"
+    assert events(case.wire.body)[-1]["error"]["code"] == "draining"
 
 
 async def test_no_keep_alive_while_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,17 @@ async def test_cancelled_from_outside(kind: str) -> None:
     await asyncio.wait([case.task])
     assert case.record.outcomes == ["error"] and case.rows.aborted == [None]
     assert asyncio.all_tasks() == before
+
+
+async def test_client_that_never_reads_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards its place in the queue: an error event to a full socket held it for as long again."""
+    monkeypatch.setattr(stream, "SLOW_READER_S", 0.2)
+    case = Case([row(0, IDS[:2])])
+    case.wire.reading.clear()
+    begun = asyncio.get_running_loop().time()
+    await case.ended("disconnected")
+    assert asyncio.get_running_loop().time() - begun < 0.35
+    assert case.wire.messages == []
 
 
 async def test_slow_reader() -> None:
