@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ropeway.server.chat_template import missing_template
 from ropeway.server.errors import invalid
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.sampling_fields import check_ids, names_header
+from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, check_ids, names_header
 from ropeway.server.services import Services
 
 
@@ -20,8 +20,8 @@ class TokenizeBody(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: ObjectList | None = Field(default=None, max_length=MAX_MESSAGES)
+    tools: ObjectList | None = Field(default=None, max_length=MAX_TOOLS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -35,7 +35,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
 
 
 def create_router(services: Services) -> APIRouter:

@@ -18,7 +18,7 @@ from ropeway.server.protocols.openai import (
     generation_request,
 )
 from ropeway.server.request import ChoiceDelta, PositionLogprobs
-from ropeway.server.sampling_fields import SamplingFields
+from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
 from ropeway.server.tokenizer import INLINE_CHARS, TextTokenizer
@@ -29,10 +29,16 @@ TOOLS_HINT = "Tool calls come back as text in content: this server does not pars
 class ChatFields(SamplingFields):
     """The body."""
 
-    messages: list[dict[str, Any]] = Field(description="a list of messages, each with role and content", min_length=1)
+    messages: ObjectList = Field(
+        description=f"a list of 1 to {MAX_MESSAGES} messages, each with role and content",
+        min_length=1,
+        max_length=MAX_MESSAGES,
+    )
     logprobs: bool | None = Field(default=None, description="true or false")
     top_logprobs: int | None = Field(default=None, description="an integer of at least 0", ge=0)
-    tools: list[dict[str, Any]] | None = Field(default=None, description="a list of tools")
+    tools: ObjectList | None = Field(
+        default=None, description=f"a list of at most {MAX_TOOLS} tools", max_length=MAX_TOOLS
+    )
     tool_choice: Any = Field(default=None, description="none or auto")
     add_generation_prompt: bool | None = Field(default=None, description="true or false")
     continue_final_message: bool | None = Field(default=None, description="true or false")

@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError
+from ropeway.server.protocols.chat import ChatFields
 from ropeway.server.sampling_fields import (
     MAX_LISTED_IDS,
     UNBUILT,
@@ -52,7 +54,8 @@ BAD: list[tuple[str, str]] = [
     ("logit_bias", '{"1": 101}'), ("logit_bias", '{"1": NaN}'), ("logit_bias", '{"1": true}'), ("logit_bias", "[1]"),
     ("logit_bias", json.dumps({str(9**30): 1})), ("logit_bias", json.dumps({str(i): 1 for i in range(100_000)})),
     ("ignore_eos", "1"), ("stream", '"yes"'), ("stream_options", "true"), ("stream_options", '{"include_usage": 1}'),
-    ("user", "5"), ("metadata", "[]"), ("cache_salt", '""'), ("priority", "4294967296"), ("skip_special_tokens", "0"),
+    ("user", "5"), ("metadata", "[]"), ("cache_salt", '""'), ("priority", "4294967296"),
+    ("priority", "-1"), ("skip_special_tokens", "0"),
 ]  # fmt: skip
 
 
@@ -75,6 +78,31 @@ GOOD: list[dict[str, Any]] = [
 def test_good_values(body: dict[str, Any]) -> None:
     """Guards against ranges that are too narrow: what the contract allows is taken."""
     params(body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "value"),
+    [
+        (SamplingFields, "logit_bias", {str(key): "x" for key in range(10**5)}),
+        (SamplingFields, "stop_token_ids", ["x"] * 10**5),
+        (SamplingFields, "allowed_token_ids", ["x"] * 10**5),
+        (SamplingFields, "stop", [1] * 10**5),
+        (ChatFields, "messages", [1] * 10**5),
+        (ChatFields, "tools", [1] * 10**5),
+        (ChatFields, "messages", [{}] * 10_001),
+        (ChatFields, "tools", [{}] * 1025),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_long_wrong_lists_are_one_error(fields: type[SamplingFields], name: str, value: Any) -> None:
+    """Guards the event loop: an error per element took seconds and hundreds of megabytes."""
+    body = {"messages": [{"role": "user", "content": "x"}]} if fields is ChatFields else {}
+    with pytest.raises(ValidationError) as caught:
+        fields.model_validate(body | {name: value})
+    assert caught.value.error_count() <= 2
+    with pytest.raises(ApiError) as refused:
+        fields.parse(body | {name: value})
+    assert refused.value.param == name
 
 
 def test_null_means_absent() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
 from shell import check_error, client, make_services
 from tiny_text import write_text_dir
 
 from ropeway.server.app import create_app
 from ropeway.server.keys import KeyRing
+from ropeway.server.tokenize import DetokenizeBody, TokenizeBody
 
 MESSAGES = [{"role": "user", "content": "one two"}]
 
@@ -89,3 +91,14 @@ def test_unknown_fields(tmp_path: Path) -> None:
     lenient, strict = (create_app(make_services(text_dir, strict=strict), KeyRing([])) for strict in (False, True))
     assert asyncio.run(ask(lenient)).headers["x-ignored-params"] == "lower"
     assert check_error(asyncio.run(ask(strict)), 400, "unknown_parameter")["param"] == "lower"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "count"),
+    [(TokenizeBody, "messages", 10**5), (TokenizeBody, "tools", 10**5), (DetokenizeBody, "tokens", 10**5)],
+)
+def test_long_wrong_lists_are_one_error(kind: type[BaseModel], name: str, count: int) -> None:
+    """Guards the event loop: an error per element took seconds and hundreds of megabytes."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({name: ["x"] * count})
+    assert caught.value.error_count() == 1
