@@ -106,8 +106,10 @@ def test_continuing_a_trimmed_message() -> None:
 
 @pytest.mark.parametrize(
     ("role", "cut"),
-    [("user", True), ("tool", True), ("function", True), ("ipython", True), ("anything", True)]
-    + [("system", False), ("developer", False), ("assistant", False)],
+    [
+        *[(role, True) for role in ("user", "tool", "function", "ipython", "anything")],
+        *[(role, False) for role in ("system", "developer", "assistant")],
+    ],
 )
 def test_untrusted_roles(role: str, cut: bool) -> None:
     """Guards roles that only some models know, results of tools among them: no role but three writes special tokens."""
