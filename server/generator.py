@@ -152,10 +152,11 @@ class _Prompt:
 
     __slots__ = ("choices", "request", "rows")
 
-    def __init__(self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer, automaton: StopAutomaton | None
+    ) -> None:
         self.request = request
         self.rows = rows
-        automaton = StopAutomaton(request.stop) if request.stop else None
         self.choices = [_Choice(request.first_index + i, request, tokenizer, automaton) for i in range(request.n)]
 
 
@@ -267,6 +268,7 @@ class Generator:
         Raises: ApiError 503 if the engine takes nothing now; what was submitted before is aborted.
         """
         prompts: list[_Prompt] = []
+        automata = {stop: StopAutomaton(stop) for stop in {request.stop: None for request in requests} if stop}
         try:
             for request in requests:
                 rows = self._engine.submit(
@@ -279,7 +281,7 @@ class Generator:
                     priority=request.priority,
                     deadline=request.deadline,
                 )
-                prompts.append(_Prompt(request, rows, self._tokenizer))
+                prompts.append(_Prompt(request, rows, self._tokenizer, automata.get(request.stop)))
         except EngineError as error:
             for prompt in prompts:
                 prompt.rows.abort()

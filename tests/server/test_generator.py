@@ -14,9 +14,11 @@ from scripted import Record, ScriptedClient, Wake, in_steps, row
 
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.client import EngineFailed, NotReady, Quarantined
+from ropeway.server import generator
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generation, Generator, collect, finite
 from ropeway.server.request import ChoiceDelta, GenerationRequest
+from ropeway.server.stop_strings import StopAutomaton
 from ropeway.server.tokenizer import TextTokenizer
 
 EOS = 1
@@ -233,6 +235,19 @@ async def test_refused_at_the_door(reason: str, code: str) -> None:
     assert (caught.value.status, caught.value.code) == (503, code)
     assert caught.value.headers["Retry-After"]
     assert record.outcomes == [], "whoever began the record ends it"
+
+
+async def test_prompts_share_a_stop_automaton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the event loop: the same 64 stop strings were compiled again for each of 2048 prompts."""
+    built: list[Sequence[str]] = []
+
+    def build(stops: Sequence[str]) -> StopAutomaton:
+        built.append(stops)
+        return StopAutomaton(stops)
+
+    monkeypatch.setattr(generator, "StopAutomaton", build)
+    start([], requests=[replace(BASE, stop=stop) for stop in [("a", "b"), ("a", "b"), (), ("c",)]])
+    assert built == [("a", "b"), ("c",)]
 
 
 async def test_closing_in_the_middle() -> None:
