@@ -7,7 +7,7 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
 from ropeway.server.chat_template import missing_template
-from ropeway.server.errors import invalid
+from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation, Usage
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.protocols.openai import (
@@ -79,8 +79,8 @@ def create_router(services: Services) -> APIRouter:
             logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
             plan = generation_request(services, request, fields, prompt_ids, logprobs=logprobs, default_tokens="rest")
             generation = services.generator.start([plan], record)
-        except BaseException:
-            record.finish("error")
+        except BaseException as error:
+            record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
             raise
         return answer(services, fields, generation)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
-from ropeway.server.errors import invalid
+from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation, Usage
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.protocols.openai import (
@@ -76,8 +76,8 @@ def create_router(services: Services) -> APIRouter:
                 for place, prompt_ids in enumerate(ids)
             ]
             generation = services.generator.start(plans, record)
-        except BaseException:
-            record.finish("error")
+        except BaseException as error:
+            record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
             raise
         return answer(services, fields, plans, generation)
 

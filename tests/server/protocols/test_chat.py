@@ -244,6 +244,9 @@ async def test_prompt_without_tokens() -> None:
     empty = {"messages": [{"role": "system", "content": ""}], "add_generation_prompt": False}
     error = await server.refused(PATH, empty)
     assert (error["param"], error["code"]) == ("messages", "invalid_value")
+    counted = server.metrics.requests.labels
+    assert counted("tiny", "rejected")._value.get() == 1, "a client's mistake is no error of the server"
+    assert counted("tiny", "error")._value.get() == 0
 
 
 async def test_template_error() -> None:
