@@ -340,10 +340,10 @@ def output_limit(
     return limit
 
 
-def context_error(prompt_tokens: int, output_tokens: int, context: int, param: str) -> ApiError:
-    """The contract's sentence for a request that does not fit."""
+def context_error(prompt_tokens: int, output_tokens: int, context: int, param: str, at_least: bool = False) -> ApiError:
+    """The contract's sentence for a request that does not fit. `at_least`: the prompt has so many tokens or more."""
     return invalid(
-        f"This model's maximum context length is {context} tokens. However, you requested "
+        f"This model's maximum context length is {context} tokens. However, you requested {'at least ' * at_least}"
         f"{prompt_tokens + output_tokens} tokens ({prompt_tokens} in the messages, {output_tokens} in the completion). "
         "Please reduce the length of the messages or completion.",
         param,

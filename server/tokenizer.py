@@ -65,6 +65,8 @@ class TextTokenizer:
         self._anchor = _anchor(backend)
         self._bytes: dict[int, bytes] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """Characters; no token stands for more of a text."""
 
     @classmethod
     def load(cls, text_dir: str | Path) -> "TextTokenizer":

@@ -14,6 +14,7 @@ from ropeway.server.protocols.openai import (
     Chunks,
     Head,
     answer_headers,
+    check_could_fit,
     end_fields,
     generation_request,
 )
@@ -21,7 +22,7 @@ from ropeway.server.request import ChoiceDelta, PositionLogprobs
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
-from ropeway.server.tokenizer import INLINE_CHARS, TextTokenizer
+from ropeway.server.tokenizer import INLINE_CHARS
 
 TOOLS_HINT = "Tool calls come back as text in content: this server does not parse them yet."
 
@@ -74,7 +75,7 @@ def create_router(services: Services) -> APIRouter:
         services.check_model(fields.model)
         record = services.begin(request.scope, fields.choices)
         try:
-            prompt_ids = await encode_messages(services.tokenizer, fields)
+            prompt_ids = await encode_messages(services, fields)
             record.settle(len(prompt_ids))
             logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
             plan = generation_request(services, request, fields, prompt_ids, logprobs=logprobs, default_tokens="rest")
@@ -87,8 +88,17 @@ def create_router(services: Services) -> APIRouter:
     return router
 
 
-async def encode_messages(tokenizer: TextTokenizer, fields: ChatFields) -> list[int]:
+def characters(message: dict[str, Any]) -> int:
+    """Length of a message's text, in parts or in one piece."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+async def encode_messages(services: Services, fields: ChatFields) -> list[int]:
     """Ids of the prompt; a long conversation is rendered in a thread. Raises: ApiError 400."""
+    tokenizer = services.tokenizer
     template = tokenizer.chat_template
     if template is None:
         raise missing_template()
@@ -104,7 +114,8 @@ async def encode_messages(tokenizer: TextTokenizer, fields: ChatFields) -> list[
             continue_final_message=fields.continue_final_message or False,
         )
 
-    size = sum(len(content) for message in fields.messages if isinstance(content := message.get("content"), str))
+    size = sum(map(characters, fields.messages))
+    check_could_fit(services, size, "messages")
     short = size <= INLINE_CHARS and len(fields.messages) <= 10 and not tools
     pieces = render() if short else await asyncio.to_thread(render)
     return await tokenizer.encode(pieces, add_special_tokens=False)

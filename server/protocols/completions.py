@@ -12,6 +12,7 @@ from ropeway.server.protocols.openai import (
     Chunks,
     Head,
     answer_headers,
+    check_could_fit,
     end_fields,
     generation_request,
 )
@@ -85,9 +86,10 @@ def create_router(services: Services) -> APIRouter:
 
 
 async def encode_prompt(services: Services, prompt: Prompt) -> list[int]:
-    """Token ids of one prompt."""
+    """Token ids of one prompt. Raises: ApiError 400 for one that is far too long."""
     if isinstance(prompt, list):
         return prompt
+    check_could_fit(services, len(prompt), "prompt")
     return await services.tokenizer.encode([prompt], add_special_tokens=True)
 
 

@@ -21,6 +21,7 @@ from ropeway.server.sampling_fields import (
     SamplingDefaults,
     SamplingFields,
     check_ids,
+    context_error,
     names_header,
     output_limit,
     sampling_params,
@@ -35,6 +36,17 @@ MAX_TIMEOUT_MS = 10**9
 def context_length(info: ModelInfo) -> int:
     """Most tokens of prompt and output: the model's, or the whole KV cache if that is smaller (block 0 is reserved)."""
     return min(info.max_model_len, (info.num_blocks - 1) * info.block_size)
+
+
+def check_could_fit(services: Services, characters: int, param: str) -> None:
+    """Refuses a prompt by its length alone: tokenizing megabytes only to refuse them would cost everybody.
+
+    Raises: ApiError 400 `context_length_exceeded`.
+    """
+    least = characters // services.tokenizer.longest_token
+    context = context_length(services.require_loaded())
+    if least > context:
+        raise context_error(least, 1, context, param, at_least=True)
 
 
 def generation_request(

@@ -192,3 +192,24 @@ async def test_the_servers_seed() -> None:
     for fields in ({}, {"seed": 7}):
         await whole(server, **fields)
     assert [submitted.sampling.seed for submitted in server.engine.submitted] == [42, 7]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (PATH, {"prompt": "a " * 10**6}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 10**6}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a " * 10**6}]}]}),
+    ],
+    ids=["completion", "chat", "chat in parts"],
+)
+async def test_megabytes_are_not_tokenized(path: str, fields: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards everybody else: a prompt that cannot fit by its length alone costs no tokenizing and no rendering."""
+    server = Server()
+
+    async def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(server.tokenizer, "encode", encode)
+    error = await server.refused(path, fields)
+    assert error["code"] == "context_length_exceeded" and "at least" in error["message"]
