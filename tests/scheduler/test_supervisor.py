@@ -102,11 +102,16 @@ class Server:
             return {}
         return message if "ready" in message else {}
 
-    def wait_ready(self, generation: int = 1) -> dict[str, Any]:
+    def wait_ready(self, generation: int = 1, workers: int = 1) -> dict[str, Any]:
+        """Until so many workers have said that they are ready: one may hear of it a moment after another."""
+        seen: set[int] = set()
+
         def ready() -> dict[str, Any] | None:
             assert self.process.poll() is None
             status = self.status()
-            return status if status.get("ready") and status["generation"] >= generation else None
+            if status.get("ready") and status["generation"] >= generation:
+                seen.add(status["worker"])
+            return status if len(seen) >= workers else None
 
         status: dict[str, Any] = wait_for(ready, f"generation {generation}")
         return status
@@ -360,7 +365,7 @@ def test_the_port_answers_while_loading(start: Callable[..., Server]) -> None:
 def test_sigterm_drains(start: Callable[..., Server]) -> None:
     """Guards deployments: running streams end whole, nobody gets in, exit code 0, nothing is left."""
     server = start(workers=2)
-    status = server.wait_ready()
+    status = server.wait_ready(workers=2)
     expected = undisturbed(server)
     answer = server.ask(**PROMPT)
     answer.read_tokens(5)
