@@ -54,7 +54,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
     # Threads that spin while they wait for each other starve on cores that workers and clients use too: a decode step
     # of a small model took 160 ms instead of 15 on two busy cores. OpenMP reads it once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from ropeway.kernels.runner import build_runner
+    from ropeway.kernels.build import build_runner
     from ropeway.scheduler.text_export import export_text
 
     runner, info = build_runner(

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
-from ropeway.kernels.runner import build_runner
+from ropeway.kernels.build import build_runner
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
 

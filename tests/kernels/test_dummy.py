@@ -11,10 +11,10 @@ from ragged_steps import CPU, largest_difference, plain_logits, token_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ropeway.kernels import dummy
+from ropeway.kernels.build import build_runner
 from ropeway.kernels.dummy import dummy_model
 from ropeway.kernels.errors import NotEnoughMemory, UnsupportedSetting
 from ropeway.kernels.loader import load_model
-from ropeway.kernels.runner import build_runner
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
 

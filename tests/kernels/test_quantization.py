@@ -13,10 +13,11 @@ from ragged_steps import BLOCK_SIZE, token_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ropeway.kernels import probe
+from ropeway.kernels.build import build_runner
 from ropeway.kernels.errors import NotEnoughMemory, UnsupportedSetting
 from ropeway.kernels.loader import load_model
 from ropeway.kernels.quantization import KINDS, stored_kind
-from ropeway.kernels.runner import ModelRunner, build_runner
+from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
 

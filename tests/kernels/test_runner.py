@@ -1,23 +1,17 @@
-"""ModelRunner: steps in flight, tokens handed on unread, joins and copies; and a model folder made ready."""
-
-from pathlib import Path
+"""ModelRunner: steps in flight, tokens handed on unread, joins and copies."""
 
 import pytest
 import torch
 from families import FAMILIES, VOCAB_SIZE, build
-from ragged_steps import BLOCK_SIZE, CPU, NUM_BLOCKS, token_rows
+from ragged_steps import token_rows
+from small_runner import make_runner, run_one, table
 from transformers import PreTrainedModel
 
-from ropeway.kernels import runner as runner_module
-from ropeway.kernels.errors import NotEnoughMemory, UnsupportedModel
-from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
-from ropeway.kernels.runner import Flight, ModelRunner, build_runner
-from ropeway.kernels.sampler import Sampler
+from ropeway.kernels.runner import Flight, ModelRunner
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.sampling_state import SamplingState
-from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput, StepOutput
+from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
 
 GREEDY = SamplingParams(temperature=0.0)
 SEEDED = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.2)
@@ -27,18 +21,6 @@ PROMPTS = token_rows((5, 1, 11), VOCAB_SIZE, seed=4)
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return build(FAMILIES["llama"])
-
-
-def make_runner(
-    model: PreTrainedModel, layout: type[PackedForward] | type[PaddedForward] = PackedForward
-) -> ModelRunner:
-    pool = KVPool(NUM_BLOCKS, BLOCK_SIZE, fill=torch.nan)
-    return ModelRunner(layout(model, pool), pool, Sampler(SamplingState(8, VOCAB_SIZE, CPU)), BLOCK_SIZE, CPU)
-
-
-def table(row: int) -> list[int]:
-    """Sixteen blocks of the row's own, not in order."""
-    return [1 + row + 4 * (15 - block) for block in range(16)]
 
 
 def generate(runner: ModelRunner, params: SamplingParams, count: int, lag: int) -> list[list[int]]:
@@ -101,11 +83,6 @@ def test_noise_follows_the_position(model: PreTrainedModel) -> None:
         joins = [RowState(0, params, PROMPTS[2], [])] if start == 0 else []
         output = cut.launch(StepInput([row], joins)).read()
     assert output.token_ids == wanted
-
-
-def run_one(runner: ModelRunner, rows: list[RowInput], params: list[SamplingParams]) -> StepOutput:
-    joins = [RowState(row.state_slot, p, row.token_ids, []) for row, p in zip(rows, params, strict=True)]
-    return runner.launch(StepInput(rows, joins)).read()
 
 
 def test_rows_that_do_not_sample(model: PreTrainedModel) -> None:
@@ -172,49 +149,3 @@ def test_copies_come_before_the_forward(model: PreTrainedModel) -> None:
         for token in (first, 9)
     ]
     assert output.token_ids == alone
-
-
-def save(model: PreTrainedModel, folder: Path) -> str:
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize(("name", "layout"), [("llama", "packed"), ("bloom", "padded")])
-def test_a_folder_becomes_a_runner(tmp_path: Path, name: str, layout: str) -> None:
-    """Guards the start: what the info says is what the runner does, and progress only goes up."""
-    seen: list[tuple[str, float]] = []
-    runner, info = build_runner(
-        save(build(FAMILIES[name]), tmp_path),
-        max_model_len=64,
-        max_num_seqs=4,
-        block_size=BLOCK_SIZE,
-        progress=lambda stage, share: seen.append((stage, share)),
-    )
-    assert (info.layout, info.dtype, info.device, info.vocab_size) == (layout, "float32", "cpu", VOCAB_SIZE)
-    assert (info.max_model_len, info.block_size, info.num_blocks) == (64, BLOCK_SIZE, 1 + 4 * 16)
-    assert info.kv_cache_bytes % info.num_blocks == 0
-    assert [share for _, share in seen] == sorted(share for _, share in seen)
-    assert seen[-1][1] == 1.0
-    tokens = run_one(runner, [RowInput(0, PROMPTS[0], 0, table(0))], [GREEDY]).token_ids
-    direct = make_runner(build(FAMILIES[name]), PaddedForward)
-    assert tokens == run_one(direct, [RowInput(0, PROMPTS[0], 0, table(0))], [GREEDY]).token_ids
-
-
-def test_the_wanted_layout_is_taken_or_refused(tmp_path: Path) -> None:
-    """Guards --batch-layout: it must not be a hint that is quietly dropped."""
-    folder = save(build(FAMILIES["bloom"]), tmp_path)
-    with pytest.raises(UnsupportedModel, match="attention interface"):
-        build_runner(folder, layout="packed", block_size=BLOCK_SIZE, max_num_seqs=1)
-    llama = save(build(FAMILIES["llama"]), tmp_path / "llama")
-    _, info = build_runner(llama, layout="padded", block_size=BLOCK_SIZE, max_num_seqs=1)
-    assert info.layout == "padded"
-
-
-def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the start's messages: a pool that cannot be made is a sentence with flags, not a stack trace."""
-    folder = save(build(FAMILIES["llama"]), tmp_path)
-    with pytest.raises(NotEnoughMemory, match="--max-model-len"):
-        build_runner(folder, kv_cache_bytes=4096, block_size=BLOCK_SIZE)
-    monkeypatch.setattr(runner_module, "plan_blocks", lambda *args, **kwargs: 1 << 45)
-    with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes"):
-        build_runner(folder, block_size=BLOCK_SIZE)
