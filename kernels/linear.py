@@ -1,0 +1,36 @@
+"""Linear layers: x @ weight.T + bias, by whatever is fastest for the number of rows.
+
+Knows tensors and plain `torch.nn.Linear` modules, no model and no batch.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+from torch import nn
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] or None, all of one dtype and device -> [..., N] in that dtype."""
+    return nn.functional.linear(x, weight, bias)
+
+
+def use_fast_linears(model: nn.Module) -> Callable[[], None]:
+    """Lets the plain linear layers of a model run through `linear`; returns what undoes it.
+
+    Plain = of the class `torch.nn.Linear` itself, with a forward that nobody replaced: layers of quantised weights,
+    and those that accelerate moves between devices, stay as they are. Weights are looked up at each call.
+    """
+    swapped = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    for module in swapped:
+        vars(module)["forward"] = MethodType(_forward, module)
+
+    def undo() -> None:
+        for module in swapped:
+            vars(module).pop("forward", None)
+
+    return undo
+
+
+def _forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight, module.bias)
