@@ -25,9 +25,14 @@ from ropeway.scheduler.watchdog import Limits, Watchdog
 GENERATION, WORKER = 1, 0
 
 
+def metrics_dir(directory: str) -> str:
+    """Of the engine whose private directory this is."""
+    return f"{directory}/metrics"
+
+
 def engine_main(context: EngineContext, main: Callable[[EngineContext], None] = engine_process.main) -> None:
-    """The engine process around its `main`. Its metrics have a folder that nobody reads, not the program's own."""
-    metrics = f"{context.directory}/metrics"
+    """The engine process around its `main`. Its metrics have a folder of their own, not the program's."""
+    metrics = metrics_dir(context.directory)
     os.mkdir(metrics)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics
     main(context)
@@ -53,6 +58,8 @@ class LoneEngine:
         self._watchdog = Watchdog(self._limits, time.monotonic())
         self._last_words = ""
         self._directory = make_private_directory()
+        self.metrics_dir = metrics_dir(self._directory)
+        """Where the engine's metrics are, for `prometheus_client.multiprocess`; gone after `close`."""
         self._to_client, control = multiprocessing.get_context("spawn").Pipe(duplex=True)
         nobody = socket.socket()
         nobody.close()  # a worker without a listener: no client connects
