@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/pytest
 
-.PHONY: help install demo serve check format test test-tools test-all bench clean
+.PHONY: help install demo serve check format test test-tools test-all test-gpu bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -51,6 +51,9 @@ test-tools:      ## nginx and Prometheus' promtool, which long tests run; as roo
 
 test-all: test test-tools  ## the long ones too; installs what test-tools says
 	$(PYTEST) -m 'slow and not gpu'
+
+test-gpu: install  ## kernels, families and runner on this machine's GPU, a process per file
+	ls tests/gpu/test_*.py | xargs -P 8 -I{} $(PYTEST) -q -m gpu {}
 
 bench: install   ## the benchmarks behind the README's figures
 	$(BIN)/python bench/http_load.py -c 1 --requests 8
