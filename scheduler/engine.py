@@ -33,6 +33,10 @@ class Runner(Protocol):
         """Starts a step after all those launched before it. Takes what it needs from `step` before it returns."""
         ...
 
+    def idle_work(self) -> bool:
+        """Does a piece of work that makes later steps faster, a fraction of a second; False if none is left."""
+        ...
+
 
 @dataclass(slots=True)
 class StepStats:

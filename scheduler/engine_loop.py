@@ -66,6 +66,7 @@ class EngineLoop:
         self._next_beat = 0.0
         self._seen = StepStats()
         self._busy = False  # whether the gauges tell of rows
+        self._preparing = True  # whether the runner may have work for idle moments
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
@@ -89,7 +90,7 @@ class EngineLoop:
         now = time.monotonic()
         if now >= self._next_beat:
             self._beat(now)
-        timeout = 0 if self._engine.has_work else max(1, int((self._next_beat - now) * 1000))
+        timeout = 0 if self._engine.has_work or self._preparing else max(1, int((self._next_beat - now) * 1000))
         if not self._poller.poll(timeout):
             return True
         for worker, link in self._links.items():
@@ -125,6 +126,8 @@ class EngineLoop:
                 self._send(worker, StepOutputs(self._context.generation, rows))
             self._record()
         if self._busy and not self._engine.has_work:  # the last row ended in this step, or was aborted before it
+        else:
+            self._preparing = self._engine.runner.idle_work()
             self._busy = False
             self._metrics.idle()
 

@@ -60,6 +60,9 @@ class FakeRunner:
     last_sampled: list[int] = field(default_factory=list)
     steps: list[StepInput] = field(default_factory=list)
     flights: list[FakeFlight] = field(default_factory=list)
+    idle_pieces: int = 0
+    """Pieces of idle work there are to do."""
+    idle_calls: int = 0
 
     def __post_init__(self) -> None:
         self.pool = [[EMPTY] * self.block_size for _ in range(self.num_blocks)]
@@ -79,6 +82,10 @@ class FakeRunner:
         flight = FakeFlight(self._output(step, sampled))
         self.flights.append(flight)
         return flight
+
+    def idle_work(self) -> bool:
+        self.idle_calls += 1
+        return self.idle_calls <= self.idle_pieces
 
     def _check_rows(self, step: StepInput) -> None:
         slots = [row.state_slot for row in step.rows]

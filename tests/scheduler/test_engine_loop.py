@@ -80,7 +80,8 @@ class World:
         config = EngineConfig("fake")
         context = EngineContext(config, GENERATION, directory, theirs, workers)
         info = model_info()
-        self.engine = build_engine(config, Loaded(SlowRunner(NUM_BLOCKS, BLOCK_SIZE), info, 0))
+        self.runner = SlowRunner(NUM_BLOCKS, BLOCK_SIZE)
+        self.engine = build_engine(config, Loaded(self.runner, info, 0))
         self.loop = EngineLoop(context, self.engine, info)
         self.cpu_seconds = 0.0
         self.thread = threading.Thread(target=self._run)
@@ -216,6 +217,20 @@ def test_an_idle_loop_sleeps(start: Callable[..., World]) -> None:
     world.tell(Stop())
     world.thread.join(LIMIT_MS / 1000)
     assert world.cpu_seconds < 0.3
+
+
+def test_idle_moments_are_used(start: Callable[..., World]) -> None:
+    """Guards the graphs that are captured when nobody asks: one piece after the other without sleep, then sleep."""
+    world = start()
+    world.runner.idle_pieces = 50
+    begin = time.monotonic()
+    while world.runner.idle_calls <= 50:
+        assert time.monotonic() < begin + LIMIT_MS / 1000
+        time.sleep(0.01)
+    beats = world.reports(Heartbeat)
+    for _ in range(3):
+        next(beats)
+    assert world.runner.idle_calls < 80
 
 
 def test_it_ends_with_its_supervisor(start: Callable[..., World]) -> None:
