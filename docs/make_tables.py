@@ -1,13 +1,17 @@
 """Writes the pages that follow from the code: `python docs/make_tables.py`. A test compares them with the code."""
 
+import json
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
+from transformers import GenerationConfig
 
 from ropeway.scheduler.engine_metrics import EngineMetrics, SupervisorMetrics
 from ropeway.scheduler.process_metrics import ProcessMetrics
 from ropeway.server.metrics import RequestMetrics
+from ropeway.server.presets import DRAFTING, MEANINGLESS, SERVER_FLAGS
+from ropeway.server.sampling_fields import UNBUILT, SamplingFields
 from ropeway.server.settings import NOT_BUILT, Settings, env_name, flag_fields, flag_name
 
 DOCS = Path(__file__).resolve().parent
@@ -69,7 +73,49 @@ def metrics_page() -> str:
     return "\n".join([*lines, *(row for _, row in sorted(metric_rows().items()))]) + "\n"
 
 
-PAGES = {"flags.md": flags_page, "metrics.md": metrics_page}
+def generation_rows() -> list[str]:
+    """A row for each field of transformers' GenerationConfig."""
+    rows = []
+    for name in GenerationConfig().to_dict().keys() | {"_from_model_config"}:
+        if name in SamplingFields.model_fields:
+            place, text = "request field", SamplingFields.model_fields[name].description
+        elif name in SERVER_FLAGS:
+            place, text = "server flag", SERVER_FLAGS[name]
+        elif name in MEANINGLESS:
+            place, text = "changes nothing", MEANINGLESS[name]
+        elif name in DRAFTING:
+            place, text = "changes nothing", "makes `generate()` faster; the text is the same"
+        else:
+            values = ", ".join(f"`{json.dumps(value)}`" for value in UNBUILT[name])
+            place, text = (
+                "refused",
+                "not supported yet" + (f"; {values} is accepted, which asks for nothing" * bool(values)),
+            )
+        rows.append(f"| `{name}` | {place} | {text} |")
+    return sorted(rows)
+
+
+def generation_page() -> str:
+    """docs/generation.md: where each option of `generate()` is."""
+    lines = [
+        "# Options of `generate()`",
+        "",
+        "A request field goes into the body of `/v1/chat/completions` and `/v1/completions`, under this name, or into",
+        "`generation_config`: an object, its JSON, or the name of a generation-config file in the model's folder",
+        "(`translation_generation_config` for `translation_generation_config.json`).",
+        "",
+        "What a field means that is absent, highest first: the request's `generation_config`; the file named by",
+        "`--generation-config NAME`; the model's `generation_config.json` (unless `--generation-config none`); the",
+        "protocol: `/v1/*` samples at temperature 1, `/generate` is greedy. `temperature` above 0, `top_p`, `top_k` or",
+        "`min_p` mean sampling, unless `do_sample` says otherwise. A refused field is a 400 that names it.",
+        "",
+        "| field of `GenerationConfig` | here | |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*lines, *generation_rows()]) + "\n"
+
+
+PAGES = {"flags.md": flags_page, "generation.md": generation_page, "metrics.md": metrics_page}
 
 
 if __name__ == "__main__":

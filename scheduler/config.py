@@ -15,6 +15,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     chat_template: str | None = None
     """Template text (already read from its file) that replaces the model's own."""
+    generation_config: str = "auto"
+    """auto, none, or a generation-config file of the model that must be there."""
     dtype: str = "auto"
     device: str = "auto"
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"

@@ -28,7 +28,7 @@ def export_text(config: EngineConfig, text_dir: str) -> None:
     generation_config.json    the model's defaults; where it has none, those that its config implies
     *generation_config*.json  other presets in the model's folder
 
-    Raises LoadError if there is no tokenizer, or none with a Rust backend.
+    Raises LoadError if there is no tokenizer, none with a Rust backend, or no preset of the name the server was given.
     """
     tokenizer = _load_tokenizer(config)
     folder = Path(text_dir)
@@ -82,12 +82,26 @@ def _presets(config: EngineConfig) -> dict[str, dict[str, Any]]:
             presets[GENERATION_CONFIG] = _read_json(
                 cached_file(config.model, GENERATION_CONFIG, revision=config.revision)
             )
+    _add_chosen(config, presets)
     if GENERATION_CONFIG not in presets:
         model_config = AutoConfig.from_pretrained(
             config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
         presets[GENERATION_CONFIG] = GenerationConfig.from_model_config(model_config).to_diff_dict()
     return presets
+
+
+def _add_chosen(config: EngineConfig, presets: dict[str, dict[str, Any]]) -> None:
+    """The preset that the server was started with. Raises: LoadError that lists those that are there."""
+    if config.generation_config in ("auto", "none"):
+        return
+    name = config.generation_config.removesuffix(".json") + ".json"
+    if name not in presets and "/" not in name:
+        with contextlib.suppress(OSError):
+            presets[name] = _read_json(cached_file(config.model, name, revision=config.revision))
+    if name not in presets:
+        there = ", ".join(sorted(presets)) or "none"
+        raise LoadError(f"{config.model} has no generation config {name}; there is {there}.")
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:

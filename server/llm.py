@@ -23,8 +23,10 @@ from ropeway.scheduler.lone_engine import LoneEngine
 from ropeway.scheduler.request_stream import EngineFailed
 from ropeway.server.errors import ApiError, UsageError
 from ropeway.server.generator import Generation, Generator, Outcome, collect
+from ropeway.server.presets import DEFAULT_FILE, Presets
 from ropeway.server.request import ChoiceDelta, GenerationRequest
-from ropeway.server.sampling_fields import SamplingDefaults, SamplingFields, check_ids, output_limit, sampling_params
+from ropeway.server.sampling import check_ids, output_limit, sampling_params
+from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.settings import BATCH, MODEL, flag_fields, load_settings
 from ropeway.server.tokenizer import TextTokenizer
 
@@ -229,7 +231,7 @@ class LLM:
         """transformers' words in the server's own. Raises: ApiError 400."""
         config = self._tokenizer.generation_config if self._settings.generation_config == "auto" else {}
         sample = config.get("do_sample", False) if do_sample is None else do_sample
-        fields = SamplingFields.parse(
+        given = SamplingFields.parse(
             {
                 "max_tokens": max_new_tokens,
                 "temperature": temperature if sample else 0.0,
@@ -243,6 +245,7 @@ class LLM:
                 "stop_token_ids": [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id,
             }
         )
+        fields = Presets({DEFAULT_FILE: dict(config, do_sample=True)}).fill(given)
         if not ids:
             raise ApiError(400, "A prompt must have at least one token.")
         check_ids(ids, self._info.vocab_size, "A prompt")
@@ -251,7 +254,6 @@ class LLM:
             prompt_ids=ids,
             sampling=sampling_params(
                 fields,
-                SamplingDefaults.from_generation_config(dict(config, do_sample=True)),
                 vocab_size=self._info.vocab_size,
                 eos_token_ids=self._tokenizer.eos_token_ids,
                 logprobs=None,

@@ -1,20 +1,16 @@
-"""The sampling fields of a request body: their legal ranges, their defaults, and what they mean for the sampler.
+"""The sampling fields of a request body: their legal ranges, and those that are not built yet.
 
-Knows fields and numbers; no HTTP, no text, no engine. Pydantic checks each field alone, strictly (no string or boolean
-is a number); this module checks what needs the model: token ids against the logits' width, lengths against the context.
-A field's description completes the sentence "FIELD must be ...": it is the error message and the documentation.
+Knows fields and numbers; no HTTP, no text, no model, no defaults. Pydantic checks each field alone, strictly (no string
+or boolean is a number). OpenAI's, vLLM's and transformers' names stand side by side: properties say what they mean
+together. A field's description completes the sentence "FIELD must be ...": it is the error message and the
+documentation.
 """
 
-import re
-import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
 from ropeway.server.errors import ApiError, invalid
 
 MAX_CHOICES = 128
@@ -25,60 +21,73 @@ LONGEST_NAME = 64
 """Characters of an unknown field's name that are repeated to the client."""
 GREEDY_BELOW = 1e-5
 """Temperatures under this are 0: dividing logits by them would overflow."""
-BANNED = -100.0
-"""A logit bias of this and less bans the token."""
-COMPLETION_TOKENS = 16
-"""OpenAI's default length of a completion."""
+OFF: dict[str, tuple[float, ...]] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+"""Fields that shape sampling -> their values that do nothing."""
 
 UNBUILT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "bad_words": (),
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
     "best_of": (),  # harmless where it equals n, see `_check_unbuilt`
     "chat_template": (),
     "chat_template_kwargs": (),
+    "constraints": (),
     "continue_final_message": (False,),
     "custom_generate": (),
-    "do_sample": (True,),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
     "early_stopping": (False,),
     "ebnf": (),
     "echo": (False,),
-    "eos_token_id": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
     "function_call": ("none", "auto"),
     "functions": (),
-    "generation_config": (),
     "grammar": (),
+    "guidance_scale": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1,),
     "logits_processors": (),
-    "max_new_tokens": (),
     "max_time": (),
     "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
     "num_beams": (1,),
     "parallel_tool_calls": (True,),
+    "penalty_alpha": (0,),
     "prompt_logprobs": (),
+    "prompt_lookup_num_tokens": (),
     "reasoning_effort": (),
     "regex": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
-    "stop_strings": (),
+    "sequence_bias": (),
     "stopping_criteria": (),
     "structured_outputs": (),
     "suffix": ("",),
+    "token_healing": (False,),
     "tool_choice": ("none", "auto"),
     "tools": (),
-    "truncate_prompt_tokens": (),
+    "top_h": (),
     "typical_p": (1,),
+    "watermarking_config": (),
 }
 """Fields of the contract that are not built yet -> the values that ask for nothing (null and empties never do)."""
 
-Number = TypeVar("Number", int, float)
-_ID = re.compile(r"0|[1-9][0-9]{0,18}")
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 IdList = Annotated[list[int], Field(fail_fast=True)]
 """Fails at the first wrong element, as every list of a body must: an error each costs seconds on the event loop."""
+StopTexts = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None
+STOP = f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters"
 ObjectList = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
@@ -124,13 +133,26 @@ class SamplingFields(BaseModel):
         f"a list of 1 to {MAX_LISTED_IDS} token ids", min_length=1, max_length=MAX_LISTED_IDS
     )
     stop_token_ids: IdList | None = _number(f"a list of at most {MAX_LISTED_IDS} token ids", max_length=MAX_LISTED_IDS)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = _number(
-        f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters"
-    )
+    eos_token_id: int | IdList | None = _number(f"a token id or a list of at most {MAX_LISTED_IDS} of them")
+    suppress_tokens: IdList | None = _number(f"a list of at most {MAX_LISTED_IDS} token ids", max_length=MAX_LISTED_IDS)
+    stop: StopTexts = _number(STOP)
+    stop_strings: StopTexts = _number(STOP)
     max_tokens: int | None = _number("an integer of at least 1", ge=1)
     max_completion_tokens: int | None = _number("an integer of at least 1", ge=1)
+    max_new_tokens: int | None = _number("an integer of at least 1", ge=1)
+    max_length: int | None = _number("an integer of at least 1: tokens of prompt and output", ge=1)
     min_tokens: int | None = _number("an integer of at least 0", ge=0)
+    min_new_tokens: int | None = _number("an integer of at least 0", ge=0)
+    min_length: int | None = _number("an integer of at least 0: tokens of prompt and output", ge=0)
     n: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
+    num_return_sequences: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
+    do_sample: bool | None = _number("true (sampling) or false (greedy)")
+    generation_config: dict[str, Any] | str | None = _number(
+        "an object of transformers' GenerationConfig, its JSON, or the name of a generation-config file of the model"
+    )
+    truncate_prompt_tokens: int | None = _number(
+        "an integer of at least 1 (the prompt's last tokens that are kept), or -1 (as many as fit)", ge=-1
+    )
     seed: int | None = _number("an integer of 64 bits (-2^63 to 2^63 - 1)", ge=-(2**63), lt=2**63)
     ignore_eos: bool | None = _number("true or false")
     skip_special_tokens: bool | None = _number("true or false")
@@ -145,6 +167,8 @@ class SamplingFields(BaseModel):
     priority: int | None = _number(
         "an integer from 0 (default, soonest) to 2^31 - 1: a request may step back, never ahead", ge=0, lt=2**31
     )
+
+    _idle: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
     def parse(cls, body: Any, strict: bool = False) -> Self:
@@ -165,6 +189,7 @@ class SamplingFields(BaseModel):
             raise invalid(f"{name!r} is not a field of this endpoint.", name, "unknown_parameter")
         if fields.stream_options is not None and not fields.stream:
             raise invalid("stream_options needs stream: true.", "stream_options")
+        fields._check_pairs()
         return fields
 
     @classmethod
@@ -184,6 +209,24 @@ class SamplingFields(BaseModel):
             if name in UNBUILT and value not in UNBUILT[name]:
                 raise invalid(f"{name} is not supported by this server yet.", name, "unsupported_parameter")
 
+    def _check_pairs(self) -> None:
+        """What one field says of another."""
+        if self.do_sample and self.temperature is not None and self.temperature < GREEDY_BELOW:
+            raise invalid("temperature must be above 0 with do_sample: true.", "temperature")
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("truncate_prompt_tokens must be at least 1, or -1.", "truncate_prompt_tokens")
+        if isinstance(self.eos_token_id, list) and len(self.eos_token_id) > MAX_LISTED_IDS:
+            raise invalid(f"eos_token_id must hold at most {MAX_LISTED_IDS} token ids.", "eos_token_id")
+        if self.n is not None and self.num_return_sequences not in (None, self.n):
+            raise invalid("num_return_sequences must equal n where both are given.", "num_return_sequences")
+        if self.do_sample is False:
+            self._idle += [name for name in ("temperature", *OFF) if self._shapes(name)]
+        self._idle += [name for name in ("user", "metadata") if getattr(self, name)]
+
+    def _shapes(self, name: str) -> bool:
+        value = getattr(self, name, None)
+        return value is not None and value not in OFF.get(name, (0,))
+
     def _extras(self) -> dict[str, Any]:
         """Fields that are not declared and ask for something."""
         return {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {})}
@@ -195,157 +238,43 @@ class SamplingFields(BaseModel):
             names += [f"stream_options.{name}" for name in self.stream_options.model_extra or {}]
         return names
 
+    def ignored(self) -> list[str]:
+        """Names of all fields that change nothing: unknown ones, those without effect beside another, and OpenAI's
+        `user` and `metadata`, for which this server has no use."""
+        return self.unknown() + self._idle
+
+    def ignore(self, names: list[str]) -> None:
+        """Adds to `ignored`."""
+        self._idle += names
+
     @property
     def choices(self) -> int:
-        """n, 1 by default."""
-        return 1 if self.n is None else self.n
+        """Answers per prompt, 1 by default."""
+        return self.n or self.num_return_sequences or 1
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = (self.stop, self.stop_strings)
+        return tuple(text for texts in given if texts for text in ([texts] if isinstance(texts, str) else texts))
+
+    @property
+    def eos_ids(self) -> list[int] | None:
+        """What ends an answer instead of the model's own end tokens; None = those."""
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+    def most_tokens(self, prompt_tokens: int) -> int | None:
+        """Output tokens that were asked for: the smallest of all names; `max_length` counts only where no other does,
+        as in transformers. May be less than 1."""
+        asked = min(filter(None, (self.max_tokens, self.max_completion_tokens, self.max_new_tokens)), default=None)
+        return self.max_length - prompt_tokens if asked is None and self.max_length else asked
+
+    def least_tokens(self, prompt_tokens: int) -> int:
+        """Output tokens before which nothing ends an answer."""
+        return max(self.min_tokens or 0, self.min_new_tokens or 0, (self.min_length or 0) - prompt_tokens)
 
 
 def names_header(names: list[str]) -> str:
     """Field names, which are any text at all, as a header's value."""
     shown = [quote(name[:LONGEST_NAME], safe="$.[]") for name in names[:20]]
     return ", ".join(shown + ["..."] * (len(names) > 20))
-
-
-@dataclass(slots=True, frozen=True)
-class SamplingDefaults:
-    """What a field means when it is absent: the model's generation_config.json, else OpenAI's defaults."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    completion_tokens: int = COMPLETION_TOKENS
-    """Length of a completion, `max_new_tokens` of the file."""
-    seed: int | None = None
-    """None = a random one for every request."""
-
-    @classmethod
-    def from_generation_config(cls, config: dict[str, Any]) -> "SamplingDefaults":
-        """Takes what is there and legal. An explicit `do_sample: false` means greedy."""
-        legal = {}
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            try:
-                SamplingFields.model_validate({name: config.get(name)})
-            except ValidationError:
-                continue
-            if config.get(name) is not None:
-                legal[name] = config[name]
-        if config.get("do_sample") is False:
-            legal["temperature"] = 0.0
-        length = config.get("max_new_tokens")
-        return cls(**legal, completion_tokens=length if isinstance(length, int) and length > 0 else COMPLETION_TOKENS)
-
-
-def sampling_params(
-    fields: SamplingFields,
-    defaults: SamplingDefaults,
-    *,
-    vocab_size: int,
-    eos_token_ids: frozenset[int],
-    logprobs: int | None,
-    first_index: int = 0,
-) -> SamplingParams:
-    """One request's parameters for the sampler.
-
-    Args:
-        vocab_size: width of the logits; every token id must be smaller.
-        eos_token_ids: end the text unless the client ignores them.
-        logprobs: top logprobs per token, None for none at all.
-        first_index: of the prompt's choices; choice i of the answer samples with seed + i.
-
-    Raises: ApiError 400 for token ids outside of the vocabulary, and where every token is banned.
-    """
-    temperature = _given(fields.temperature, defaults.temperature)
-    ends = set(fields.stop_token_ids or ())
-    if not fields.ignore_eos:  # a model's files may name an EOS that its logits do not have
-        ends |= {id for id in eos_token_ids if 0 <= id < vocab_size}
-    check_ids(fields.stop_token_ids or [], vocab_size, "stop_token_ids")
-    check_ids(fields.allowed_token_ids or [], vocab_size, "allowed_token_ids")
-    params = SamplingParams(
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_k=max(_given(fields.top_k, defaults.top_k), 0),
-        top_p=_given(fields.top_p, defaults.top_p),
-        min_p=_given(fields.min_p, defaults.min_p),
-        repetition_penalty=_given(fields.repetition_penalty, defaults.repetition_penalty),
-        frequency_penalty=fields.frequency_penalty or 0.0,
-        presence_penalty=fields.presence_penalty or 0.0,
-        logit_bias=_logit_bias(fields.logit_bias or {}, vocab_size),
-        allowed_token_ids=tuple(dict.fromkeys(fields.allowed_token_ids or ())),
-        stop_token_ids=tuple(sorted(ends)),
-        min_tokens=fields.min_tokens or 0,
-        seed=wrap_seed(_given(fields.seed, defaults.seed, secrets.randbits(63)) + first_index),
-        logprobs=logprobs,
-    )
-    _check_a_token_is_left(params, vocab_size)
-    return params
-
-
-def _given(*values: Number | None) -> Number:
-    """The first that is there; the last always is."""
-    return next(value for value in values if value is not None)
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError 400 unless every id is in [0, vocab_size); `vocab_size` is the width of the logits."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise invalid(f"{param} must hold token ids from 0 to {vocab_size - 1}.", param)
-
-
-def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
-    if not all(_ID.fullmatch(key) for key in given):
-        raise invalid(f"logit_bias must have token ids from 0 to {vocab_size - 1} as keys.", "logit_bias")
-    bias = {int(key): value for key, value in given.items()}
-    check_ids(list(bias), vocab_size, "logit_bias")
-    return bias
-
-
-def _check_a_token_is_left(params: SamplingParams, vocab_size: int) -> None:
-    """The sampler cannot choose from nothing: refuse what bans every token, if only for the first `min_tokens`."""
-    banned = {token for token, value in params.logit_bias.items() if value <= BANNED}
-    if params.min_tokens:
-        banned |= set(params.stop_token_ids)
-    if params.allowed_token_ids and banned.issuperset(params.allowed_token_ids):
-        raise invalid("allowed_token_ids has no token that is not banned by another field.", "allowed_token_ids")
-    if len(banned) >= vocab_size:
-        raise invalid("logit_bias and stop_token_ids ban every token.", "logit_bias")
-
-
-def output_limit(
-    fields: SamplingFields, prompt_tokens: int, context: int, default: int | None, param: str = "messages"
-) -> int:
-    """Output tokens a choice may have.
-
-    Args:
-        prompt_tokens: length of the prompt.
-        context: most tokens of prompt and output together.
-        default: if the request does not say; None = whatever the context leaves.
-        param: the field that holds the prompt.
-
-    Raises: ApiError 400 `context_length_exceeded`.
-    """
-    asked = min(filter(None, (fields.max_tokens, fields.max_completion_tokens)), default=None)
-    left = context - prompt_tokens
-    if left < (asked or 1):
-        raise context_error(prompt_tokens, asked or 1, context, param)
-    limit = asked or min(default or left, left)
-    if (fields.min_tokens or 0) > limit:
-        raise invalid(f"min_tokens must be at most max_tokens, which is {limit} here.", "min_tokens")
-    return limit
-
-
-def context_error(prompt_tokens: int, output_tokens: int, context: int, param: str, at_least: bool = False) -> ApiError:
-    """The contract's sentence for a request that does not fit. `at_least`: the prompt has so many tokens or more."""
-    return invalid(
-        f"This model's maximum context length is {context} tokens. However, you requested {'at least ' * at_least}"
-        f"{prompt_tokens + output_tokens} tokens ({prompt_tokens} in the messages, {output_tokens} in the completion). "
-        "Please reduce the length of the messages or completion.",
-        param,
-        "context_length_exceeded",
-    )

@@ -12,6 +12,7 @@ from ropeway.server.admission import Admission, RejectReason
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generator
 from ropeway.server.metrics import RequestMetrics, RequestRecord
+from ropeway.server.presets import Presets
 from ropeway.server.settings import Settings
 from ropeway.server.tokenizer import TextTokenizer
 
@@ -40,8 +41,9 @@ class Services:
     created: int = 0
     """Unix seconds when the model was loaded."""
     tokenizer: TextTokenizer = field(init=False)
-    """Filled by `load`, like `generator`: use both only after `require_ready()`."""
+    """Filled by `load`, like `generator` and `presets`: use them only after `require_ready()`."""
     generator: Generator = field(init=False)
+    presets: Presets = field(init=False)
 
     @property
     def model_name(self) -> str:
@@ -57,6 +59,7 @@ class Services:
         """The engine is ready for the first time: tokenizer, template and presets come from the files it wrote."""
         self.tokenizer = await asyncio.to_thread(TextTokenizer.load, info.text_dir)
         self.generator = Generator(self.client, self.tokenizer)
+        self.presets = Presets(self.tokenizer.presets, self.settings.generation_config)
         self.created = int(time.time())
 
     def why_unready(self) -> tuple[RejectReason, str] | None:

@@ -91,8 +91,10 @@ class Settings:
     chat_template: str | None = flag(None, MODEL, "chat template, a file or its text", parse=parse_template)
     revision: str | None = flag(None, MODEL, "branch, tag or commit of a hub model")
     trust_remote_code: bool = flag(False, MODEL, "run Python code that comes with the model")
-    generation_config: Literal["auto", "none"] = flag(
-        "auto", MODEL, "sampling defaults from the model's generation_config.json, or none"
+    generation_config: str = flag(
+        "auto",
+        MODEL,
+        "defaults of requests: auto (the model's generation_config.json), none, or another such file in its folder",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "half", "float"] = flag("auto", MODEL, "of the weights")
     device: str = flag("auto", MODEL, "auto, cpu, cuda or cuda:N", parse=parse_device)
@@ -188,6 +190,7 @@ class Settings:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
+            generation_config=self.generation_config,
             dtype={"half": "float16", "float": "float32"}.get(self.dtype, self.dtype),
             device=self.device,
             load_format=self.load_format,

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from ropeway import __version__
 from ropeway.scheduler.messages import EngineReady, EngineReport, Heartbeat, LoadFailed, ModelInfo
+from ropeway.server.presets import DEFAULT_FILE, file_name, not_done
 from ropeway.server.settings import Settings
 
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+SAMPLING_DEFAULTS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 PROGRESS_STEP = 0.25
 """Plain lines tell a stage's progress in such steps."""
 
@@ -124,12 +125,17 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
 
 def sampling_defaults(info: ModelInfo, settings: Settings) -> str:
     """What a request gets that says nothing: the model's generation_config.json over the protocol's own."""
-    path = Path(info.text_dir) / "generation_config.json"
+    chosen = {"auto": [], "none": []}.get(settings.generation_config, [file_name(settings.generation_config)])
+    names = [*chosen, *([DEFAULT_FILE] if settings.generation_config != "none" else [])]
+    paths = [path for name in names if (path := Path(info.text_dir) / name).exists()]
+    files: dict[str, dict[str, Any]] = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     config: dict[str, Any] = {}
-    if settings.generation_config == "auto" and path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    own = [f"{name} {config[name]}" for name in SAMPLING_DEFAULTS if config.get(name) is not None]
-    return ", ".join(own) + " (generation_config.json)" if own else "temperature 1, top_p 1 (OpenAI's)"
+    for values in reversed(files.values()):
+        config |= values
+    shown = [f"{name} {config[name]}" for name in SAMPLING_DEFAULTS if config.get(name) is not None]
+    left = not_done(config)
+    text = f"{', '.join(shown)} ({', '.join(files)})" if shown else "temperature 1, top_p 1 (OpenAI's)"
+    return text + (f"; not done yet: {', '.join(left)}" if left else "")
 
 
 def access_line(settings: Settings) -> str:

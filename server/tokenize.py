@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ropeway.server.chat_template import missing_template
 from ropeway.server.errors import invalid
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, check_ids, names_header
+from ropeway.server.sampling import check_ids
+from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, names_header
 from ropeway.server.services import Services
 
 

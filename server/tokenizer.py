@@ -22,6 +22,7 @@ DecoderKind = Literal["byte_level", "per_token", "contextual"]
 """How tokens become text: through bytes, each for itself (byte fallback included), or depending on neighbours."""
 
 _PER_TOKEN = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+_NOT_PRESETS = ("tokenizer.json", "special_tokens.json")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -41,6 +42,7 @@ class TextTokenizer:
         special_tokens: role -> text ("bos_token", "eos_token", ...), as templates see them.
         chat_template: None if the model has none.
         generation_config: the model's own defaults, as in its JSON file.
+        presets: all generation-config files of the model, name -> content.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class TextTokenizer:
         special_tokens: dict[str, Any] | None = None,
         chat_template: str | None = None,
         generation_config: dict[str, Any] | None = None,
+        presets: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.special_tokens = special_tokens or {}
         self.generation_config = generation_config or {}
+        self.presets = {"generation_config.json": self.generation_config} | (presets or {})
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
         special_texts = [added[id].content for id in self._special_ids]
@@ -71,7 +75,7 @@ class TextTokenizer:
     @classmethod
     def load(cls, text_dir: str | Path) -> "TextTokenizer":
         """Reads what the engine wrote: tokenizer.json, and if present special_tokens.json, chat_template.jinja,
-        generation_config.json."""
+        *generation_config*.json."""
         folder = Path(text_dir)
         template = folder / "chat_template.jinja"
         return cls(
@@ -79,6 +83,7 @@ class TextTokenizer:
             _read_json(folder / "special_tokens.json"),
             template.read_text(encoding="utf-8") if template.exists() else None,
             _read_json(folder / "generation_config.json"),
+            {path.name: _read_json(path) for path in folder.glob("*.json") if path.name not in _NOT_PRESETS},
         )
 
     async def encode(self, pieces: Sequence[str], *, add_special_tokens: bool) -> list[int]:

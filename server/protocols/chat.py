@@ -17,6 +17,7 @@ from ropeway.server.protocols.openai import (
     check_could_fit,
     end_fields,
     generation_request,
+    read_fields,
 )
 from ropeway.server.request import ChoiceDelta, PositionLogprobs
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
@@ -70,9 +71,8 @@ def create_router(services: Services) -> APIRouter:
 
     @router.post("/v1/chat/completions", openapi_extra={"requestBody": schema}, response_model=None)
     async def create_chat_completion(request: Request, body: Annotated[Any, Body()]) -> Response:
-        fields = ChatFields.parse(body, services.settings.strict)
+        fields = read_fields(services, ChatFields, body)
         fields.check()
-        services.check_model(fields.model)
         record = services.begin(request.scope, fields.choices)
         try:
             prompt_ids = await encode_messages(services, fields)

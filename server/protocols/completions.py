@@ -15,6 +15,7 @@ from ropeway.server.protocols.openai import (
     check_could_fit,
     end_fields,
     generation_request,
+    read_fields,
 )
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.sampling_fields import SamplingFields
@@ -57,9 +58,8 @@ def create_router(services: Services) -> APIRouter:
 
     @router.post("/v1/completions", openapi_extra={"requestBody": schema}, response_model=None)
     async def create_completion(request: Request, body: Annotated[Any, Body()]) -> Response:
-        fields = CompletionFields.parse(body, services.settings.strict)
+        fields = read_fields(services, CompletionFields, body)
         prompts = fields.prompts()
-        services.check_model(fields.model)
         record = services.begin(request.scope, fields.choices * len(prompts))
         try:
             ids = [await encode_prompt(services, prompt) for prompt in prompts]
@@ -99,7 +99,7 @@ def answer(
     """The response, streamed or not."""
     head = Head.make("cmpl", services)
     hints = []
-    if fields.max_tokens is None and fields.max_completion_tokens is None:
+    if fields.most_tokens(0) is None:
         most = max(plan.max_tokens for plan in plans)
         hints.append(f"max_tokens was not given: the output is cut after {most} tokens.")
     headers = answer_headers(fields, hints)

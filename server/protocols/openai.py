@@ -6,7 +6,7 @@ Knows OpenAI's names and the services; no engine, no sockets.
 import hashlib
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -16,16 +16,10 @@ from ropeway import __version__
 from ropeway.scheduler.messages import ModelInfo
 from ropeway.server.errors import invalid
 from ropeway.server.generator import Usage
+from ropeway.server.presets import AnyFields
 from ropeway.server.request import ChoiceDelta, GenerationRequest
-from ropeway.server.sampling_fields import (
-    SamplingDefaults,
-    SamplingFields,
-    check_ids,
-    context_error,
-    names_header,
-    output_limit,
-    sampling_params,
-)
+from ropeway.server.sampling import check_ids, context_error, output_limit, sampling_params
+from ropeway.server.sampling_fields import SamplingFields, names_header
 from ropeway.server.services import Services, key_id
 from ropeway.server.stream import DONE, json_bytes
 
@@ -36,6 +30,20 @@ MAX_TIMEOUT_MS = 10**9
 def context_length(info: ModelInfo) -> int:
     """Most tokens of prompt and output: the model's, or the whole KV cache if that is smaller (block 0 is reserved)."""
     return min(info.max_model_len, (info.num_blocks - 1) * info.block_size)
+
+
+def read_fields(services: Services, kind: type[AnyFields], body: Any, *, samples: bool = True) -> AnyFields:
+    """The fields of a parsed JSON body, with every default filled in.
+
+    Args:
+        samples: what the protocol means when nothing says whether to sample.
+
+    Raises: ApiError 400 naming the field; 404 for a model that is not served; 503 unless the server is ready.
+    """
+    fields = kind.parse(body, services.settings.strict)
+    services.check_model(fields.model)
+    services.require_ready()
+    return services.presets.fill(fields, samples=samples, strict=services.settings.strict)
 
 
 def check_could_fit(services: Services, characters: int, param: str) -> None:
@@ -73,19 +81,20 @@ def generation_request(
     if not prompt_ids:  # a model has nothing to continue
         raise invalid(f"{field} must not be empty: this prompt has no tokens.", field)
     check_ids(prompt_ids, info.vocab_size, field)
-    config = tokenizer.generation_config if services.settings.generation_config == "auto" else {}
-    defaults = replace(SamplingDefaults.from_generation_config(config), seed=services.settings.seed)
+    context = context_length(info)
+    prompt_ids = truncated(prompt_ids, fields, context)
     if logprobs is not None and logprobs > services.settings.max_logprobs:
         param = "top_logprobs" if default_tokens == "rest" else "logprobs"
         raise invalid(f"{param} must be an integer from 0 to {services.settings.max_logprobs}.", param)
-    default = defaults.completion_tokens if default_tokens == "short" else None
-    limit = output_limit(fields, len(prompt_ids), context_length(info), default, field)
+    default = services.presets.completion_tokens(len(prompt_ids)) if default_tokens == "short" else None
+    limit = output_limit(fields, len(prompt_ids), context, default, field)
     sampling = sampling_params(
         fields,
-        defaults,
         vocab_size=info.vocab_size,
         eos_token_ids=tokenizer.eos_token_ids,
         logprobs=logprobs,
+        prompt_tokens=len(prompt_ids),
+        seed=services.settings.seed,
         first_index=first_index,
     )
     return GenerationRequest(
@@ -102,6 +111,16 @@ def generation_request(
         priority=fields.priority or 0,
         deadline=deadline(request, services.settings.request_timeout),
     )
+
+
+def truncated(prompt_ids: list[int], fields: SamplingFields, context: int) -> list[int]:
+    """The prompt's last tokens, as many as `truncate_prompt_tokens` keeps; -1 leaves room for the output asked for."""
+    keep = fields.truncate_prompt_tokens
+    if keep is None:
+        return prompt_ids
+    if keep < 0:
+        keep = max(context - (fields.most_tokens(0) or 1), 1)
+    return prompt_ids[-keep:]
 
 
 def deadline(request: Request, limit_s: float | None) -> float | None:
@@ -124,8 +143,8 @@ def deadline(request: Request, limit_s: float | None) -> float | None:
 def answer_headers(fields: SamplingFields, hints: list[str]) -> dict[str, str]:
     """What the client should know beside the answer: fields that changed nothing, and hints."""
     headers = {}
-    if unknown := fields.unknown():
-        headers["x-ignored-params"] = names_header(unknown)
+    if ignored := fields.ignored():
+        headers["x-ignored-params"] = names_header(ignored)
     if hints:
         headers["x-ropeway-hint"] = " ".join(hints)
     return headers

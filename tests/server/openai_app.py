@@ -20,6 +20,7 @@ from ropeway.server.app import create_app
 from ropeway.server.generator import Generator
 from ropeway.server.keys import KeyRing
 from ropeway.server.metrics import RequestMetrics
+from ropeway.server.presets import Presets
 from ropeway.server.services import Services
 from ropeway.server.settings import Settings
 from ropeway.server.tokenizer import TextTokenizer
@@ -51,6 +52,7 @@ class Server:
         *scripts: Sequence[Wake],
         template: str | None = TEMPLATE,
         config: dict[str, Any] | None = None,
+        presets: dict[str, dict[str, Any]] | None = None,
         info: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
@@ -65,8 +67,9 @@ class Server:
             metrics=self.metrics,
             created=1,
         )
-        self.tokenizer = TextTokenizer(BACKEND, {"eos_token": "<|im_end|>"}, template, config)
+        self.tokenizer = TextTokenizer(BACKEND, {"eos_token": "<|im_end|>"}, template, config, presets)
         self.services.tokenizer = self.tokenizer
+        self.services.presets = Presets(self.tokenizer.presets, self.services.settings.generation_config)
         self.services.generator = Generator(self.engine, self.tokenizer)
         self.app: FastAPI = create_app(self.services, KeyRing([]))
 

@@ -8,24 +8,18 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError
+from ropeway.server.presets import DEFAULT_FILE, Presets
 from ropeway.server.protocols.chat import ChatFields
-from ropeway.server.sampling_fields import (
-    MAX_LISTED_IDS,
-    UNBUILT,
-    SamplingDefaults,
-    SamplingFields,
-    names_header,
-    output_limit,
-    sampling_params,
-)
+from ropeway.server.sampling import output_limit, sampling_params
+from ropeway.server.sampling_fields import MAX_LISTED_IDS, UNBUILT, SamplingFields, names_header
 
 VOCAB = 2000
 
 
 def params(body: dict[str, Any], config: dict[str, Any] | None = None, **options: Any) -> Any:
     facts: dict[str, Any] = {"vocab_size": VOCAB, "eos_token_ids": frozenset({7}), "logprobs": None}
-    defaults = SamplingDefaults.from_generation_config(config or {})
-    return sampling_params(SamplingFields.parse(body), defaults, **(facts | options))
+    fields = Presets({DEFAULT_FILE: config or {}}).fill(SamplingFields.parse(body))
+    return sampling_params(fields, **(facts | options))
 
 
 def refusal(body: dict[str, Any], **options: Any) -> ApiError:
@@ -55,7 +49,12 @@ BAD: list[tuple[str, str]] = [
     ("logit_bias", json.dumps({str(9**30): 1})), ("logit_bias", json.dumps({str(i): 1 for i in range(100_000)})),
     ("ignore_eos", "1"), ("stream", '"yes"'), ("stream_options", "true"), ("stream_options", '{"include_usage": 1}'),
     ("user", "5"), ("metadata", "[]"), ("cache_salt", '""'), ("priority", "4294967296"),
-    ("priority", "-1"), ("skip_special_tokens", "0"),
+    ("priority", "-1"), ("skip_special_tokens", "0"), ("max_new_tokens", "0"), ("do_sample", "1"),
+    ("eos_token_id", "-1"), ("eos_token_id", "2000"), ("eos_token_id", "[1, 2000]"), ("eos_token_id", "true"),
+    ("eos_token_id", '"</s>"'), ("eos_token_id", str([1] * (MAX_LISTED_IDS + 1))), ("stop_strings", "5"),
+    ("stop_strings", '[""]'), ("num_return_sequences", "0"), ("suppress_tokens", "[2000]"), ("max_length", "0"),
+    ("truncate_prompt_tokens", "0"), ("truncate_prompt_tokens", "-2"), ("min_length", "-1"),
+    ("generation_config", "5"), ("generation_config", '"{"'), ("generation_config", '"no-such-preset"'),
 ]  # fmt: skip
 
 
