@@ -10,15 +10,8 @@ from ropeway.server.chat_template import missing_template
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation, Usage
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.protocols.openai import (
-    Chunks,
-    Head,
-    answer_headers,
-    check_could_fit,
-    end_fields,
-    generation_request,
-    read_fields,
-)
+from ropeway.server.protocols.openai import Chunks, Head, end_fields
+from ropeway.server.protocols.shared import answer_headers, check_could_fit, generation_request, read_fields
 from ropeway.server.request import ChoiceDelta, PositionLogprobs
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services

@@ -1,22 +1,17 @@
 """POST /v1/completions. Knows OpenAI's completion shape: prompts in, text out, no template."""
 
+from itertools import chain
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
 from ropeway.server.errors import ApiError, invalid
-from ropeway.server.generator import Generation, Usage
+from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.protocols.openai import (
-    Chunks,
-    Head,
-    answer_headers,
-    check_could_fit,
-    end_fields,
-    generation_request,
-    read_fields,
-)
+from ropeway.server.prompt_hints import prompt_hints
+from ropeway.server.protocols.openai import Chunks, Head, end_fields
+from ropeway.server.protocols.shared import answer_headers, check_could_fit, generation_request, read_fields
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
@@ -33,6 +28,8 @@ class CompletionFields(SamplingFields):
 
     prompt: Any = Field(description=PROMPT)
     logprobs: int | None = Field(default=None, description="an integer of at least 0", ge=0)
+    echo: bool | None = Field(default=None, description="true or false")
+    return_token_ids: bool | None = Field(default=None, description="true or false")
 
     def prompts(self) -> list[Prompt]:
         """One text or list of ids per prompt. Raises: ApiError 400."""
@@ -44,6 +41,12 @@ class CompletionFields(SamplingFields):
         if len(given) > MAX_PROMPTS:
             raise invalid(f"prompt must hold at most {MAX_PROMPTS} prompts.", "prompt")
         return list(given)
+
+    def check(self) -> None:
+        """What concerns two fields. Raises: ApiError 400."""
+        if self.echo and self.logprobs is not None:
+            message = "echo with logprobs is not supported by this server yet."
+            raise invalid(message, "echo", "unsupported_parameter")
 
 
 def _all(values: Any, kind: type) -> bool:
@@ -59,10 +62,11 @@ def create_router(services: Services) -> APIRouter:
     @router.post("/v1/completions", openapi_extra={"requestBody": schema}, response_model=None)
     async def create_completion(request: Request, body: Annotated[Any, Body()]) -> Response:
         fields = read_fields(services, CompletionFields, body)
+        fields.check()
         prompts = fields.prompts()
         record = services.begin(request.scope, fields.choices * len(prompts))
         try:
-            ids = [await encode_prompt(services, prompt) for prompt in prompts]
+            ids = [await encode_prompt(services, prompt, fields) for prompt in prompts]
             record.settle(sum(map(len, ids)))
             plans = [
                 generation_request(
@@ -80,57 +84,81 @@ def create_router(services: Services) -> APIRouter:
         except BaseException as error:
             record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
             raise
-        return answer(services, fields, plans, generation)
+        hints = [prompt_hints(services.tokenizer, *pair) for pair in zip(prompts, ids, strict=True)]
+        return answer(services, fields, plans, generation, list(dict.fromkeys(chain.from_iterable(hints))))
 
     return router
 
 
-async def encode_prompt(services: Services, prompt: Prompt) -> list[int]:
+async def encode_prompt(services: Services, prompt: Prompt, fields: CompletionFields) -> list[int]:
     """Token ids of one prompt. Raises: ApiError 400 for one that is far too long."""
     if isinstance(prompt, list):
         return prompt
-    check_could_fit(services, len(prompt), "prompt")
+    if fields.truncate_prompt_tokens is None:
+        check_could_fit(services, len(prompt), "prompt")
     return await services.tokenizer.encode([prompt], add_special_tokens=True)
 
 
 def answer(
-    services: Services, fields: CompletionFields, plans: list[GenerationRequest], generation: Generation
+    services: Services,
+    fields: CompletionFields,
+    plans: list[GenerationRequest],
+    generation: Generation,
+    hints: list[str],
 ) -> Response:
     """The response, streamed or not."""
     head = Head.make("cmpl", services)
-    hints = []
     if fields.most_tokens(0) is None:
         most = max(plan.max_tokens for plan in plans)
-        hints.append(f"max_tokens was not given: the output is cut after {most} tokens.")
+        hints = [f"max_tokens was not given: the output is cut after {most} tokens.", *hints]
     headers = answer_headers(fields, hints)
-    usage, logprobs = generation.usage, fields.logprobs is not None
+    usage = generation.usage
+    shape = Choices(services, fields, plans)
     if fields.stream:
         chunks = Chunks(head, "text_completion", fields, usage)
-        return EventStream(generation, CompletionFrames(chunks, logprobs), headers)
-    return JsonAnswer(generation, lambda choices: whole(head, choices, usage, logprobs), headers)
+        return EventStream(generation, CompletionFrames(chunks, shape), headers)
+
+    def whole(choices: list[ChoiceDelta]) -> dict[str, Any]:
+        return head.document("text_completion", [shape.document(choice, first=True) for choice in choices], usage)
+
+    return JsonAnswer(generation, whole, headers)
 
 
-def whole(head: Head, choices: list[ChoiceDelta], usage: Usage, logprobs: bool) -> dict[str, Any]:
-    """OpenAI's CreateCompletionResponse."""
-    return head.document("text_completion", [choice_object(choice, logprobs) for choice in choices], usage)
+class Choices:
+    """Choices in OpenAI's shape, whole or a piece of one, with what else the request asked for."""
 
+    def __init__(self, services: Services, fields: CompletionFields, plans: list[GenerationRequest]) -> None:
+        self.logprobs = fields.logprobs is not None
+        self.token_ids = bool(fields.return_token_ids)
+        self._plans = plans
+        decode = services.tokenizer.decode
+        skip = fields.skip_special_tokens is not False
+        self._echoes = [decode(plan.prompt_ids, skip_special_tokens=skip) for plan in plans] if fields.echo else []
 
-def choice_object(choice: ChoiceDelta, logprobs: bool) -> dict[str, Any]:
-    """A choice, whole or a piece of it."""
-    return {
-        "index": choice.index,
-        "text": choice.text,
-        "logprobs": logprobs_object(choice.logprobs) if logprobs else None,
-        **end_fields(choice),
-    }
+    def document(self, choice: ChoiceDelta, first: bool) -> dict[str, Any]:
+        """A choice or a piece of it; the first piece has the prompt, if asked for."""
+        place = choice.index // self._plans[0].n
+        echo = self._echoes[place] if first and self._echoes else ""
+        document = {
+            "index": choice.index,
+            "text": echo + choice.text,
+            "logprobs": logprobs_object(choice.logprobs) if self.logprobs else None,
+            **end_fields(choice),
+        }
+        if self.token_ids:
+            document["token_ids"] = choice.token_ids
+            if first:
+                document["prompt_token_ids"] = self._plans[place].prompt_ids
+        return document
 
 
 class CompletionFrames:
     """The stream: pieces of text, the last one of a choice with its end; see `stream.Frames`."""
 
-    def __init__(self, chunks: Chunks, logprobs: bool) -> None:
+    def __init__(self, chunks: Chunks, shape: Choices) -> None:
         self._chunks = chunks
-        self._logprobs = logprobs
+        self._shape = shape
+        self._begun: set[int] = set()
 
     def encode(self, deltas: list[ChoiceDelta]) -> bytes:
         return b"".join(self._event(delta) for delta in deltas)
@@ -139,9 +167,13 @@ class CompletionFrames:
         return self._chunks.finish()
 
     def _event(self, delta: ChoiceDelta) -> bytes:
-        if not delta.text and delta.finish_reason is None and not (self._logprobs and delta.logprobs):
+        shape = self._shape
+        more = (shape.logprobs and delta.logprobs) or (shape.token_ids and delta.token_ids)
+        if not delta.text and delta.finish_reason is None and not more:
             return b""
-        return self._chunks.choice(json_bytes(choice_object(delta, self._logprobs)))
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        return self._chunks.choice(json_bytes(shape.document(delta, first)))
 
 
 def logprobs_object(positions: list[PositionLogprobs]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from openai_app import BOS, EOS, VOCAB, Server, check, check_stream, ids
 from scripted import in_steps, row
 from wire import Wire
 
+from ropeway.server.prompt_hints import DOUBLE_BOS, NO_TEMPLATE
+
 PATH = "/v1/completions"
 TEXTS = [" world, 日本!", " test of the tokenizer"]
 
@@ -67,7 +69,7 @@ async def test_whole_answer() -> None:
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
     assert answer["usage"]["prompt_tokens"] == 1 + len(ids("Hello"))
     assert answer["usage"]["completion_tokens"] == sum(len(ids(text)) for text in TEXTS)
-    assert "x-ropeway-hint" not in wire.headers
+    assert wire.headers["x-ropeway-hint"] == NO_TEMPLATE
 
 
 async def test_exact_bytes_of_a_stream() -> None:
@@ -163,7 +165,7 @@ async def test_default_length_says_so() -> None:
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 10**6}, "logprobs"),
-        ({"echo": True}, "echo"),
+        ({"echo": True, "logprobs": 0}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"num_beams": 4}, "num_beams"),
@@ -184,6 +186,62 @@ async def test_harmless_values_of_unbuilt_fields() -> None:
     body = {"echo": False, "suffix": None, "best_of": 1, "num_beams": 1, "tools": [], "logit_bias": {}, "stop": None}
     _, wire = await whole(Server(rows(), strict=True), **body)
     assert "x-ignored-params" not in wire.headers
+
+
+@pytest.mark.parametrize("prompt", ["Hello", ["Hello", "a"], [5, 6, 7]], ids=str)
+async def test_echo(prompt: Any) -> None:
+    """Guards echo: each answer begins with its prompt, streamed or not, once."""
+    answer, _ = await whole(Server(rows()), prompt=prompt, n=2, echo=True)
+    server = Server(rows())
+    decoded = [server.tokenizer.decode([5, 6, 7])]
+    prompts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt[0], str) else decoded
+    expected = [text + answer for text in prompts for answer in TEXTS]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    chunks, _ = await streamed(server, prompt=prompt, n=2, echo=True)
+    assert [joined(chunks, index)["text"] for index in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2, 5)])
+async def test_token_ids(sizes: tuple[int, ...]) -> None:
+    """Guards clients that want ids: the prompt's once per choice, the output's in pieces that join to the whole."""
+    answer, _ = await whole(Server(rows()), n=2, return_token_ids=True)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [ids(text) for text in TEXTS]
+    assert answer["choices"][1]["prompt_token_ids"] == [BOS, *ids("Hello")]
+    chunks, _ = await streamed(Server(rows(sizes=sizes)), return_token_ids=True)
+    pieces = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [id for piece in pieces for id in piece["token_ids"]] == ids(TEXTS[0])
+    assert ["prompt_token_ids" in piece for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+
+
+async def test_hints() -> None:
+    """Guards prompts that are legal and probably wrong: two BOS, a template by hand, none at all."""
+    tokens = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    for prompt, hint in (("<s>Hello", DOUBLE_BOS), ([BOS, BOS, 5], DOUBLE_BOS), ("<|im_start|>x", "<|im_start|>")):
+        server = Server(rows())
+        server.tokenizer.special_tokens = tokens
+        _, wire = await whole(server, prompt=prompt)
+        assert hint in wire.headers["x-ropeway-hint"] and NO_TEMPLATE not in wire.headers["x-ropeway-hint"]
+    _, wire = await whole(Server(rows(), template=None))
+    assert "x-ropeway-hint" not in wire.headers
+
+
+async def test_truncation() -> None:
+    """Guards truncate_prompt_tokens: the prompt's end is kept, and -1 keeps what leaves room for the output."""
+    for keep, kept in ((2, [6, 7]), (9, [5, 6, 7]), (-1, [5, 6, 7])):
+        server = Server(rows())
+        answer, _ = await whole(server, prompt=[5, 6, 7], truncate_prompt_tokens=keep)
+        assert server.engine.submitted[0].prompt_ids == kept and answer["usage"]["prompt_tokens"] == len(kept)
+    server = Server(rows())
+    await whole(server, prompt="a " * 5000, truncate_prompt_tokens=-1)
+    assert len(server.engine.submitted[0].prompt_ids) == 450
+
+
+async def test_end_tokens_of_the_request() -> None:
+    """Guards eos_token_id: it replaces the model's end tokens, one or several, also from a preset."""
+    for fields in ({"eos_token_id": 9}, {"eos_token_id": [9]}, {"generation_config": {"eos_token_id": 9}}):
+        server = Server(rows())
+        await whole(server, **fields)
+        assert server.engine.submitted[0].sampling.stop_token_ids == (9,)
 
 
 async def test_the_servers_seed() -> None:
