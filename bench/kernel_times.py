@@ -23,13 +23,12 @@ import torch
 import triton
 
 from ropeway.kernels import triton_attention
-from ropeway.kernels.sampler import Sampler
+from ropeway.kernels.sampler import Lines, Sampler
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.sampling_state import SamplingState
+from ropeway.kernels.sampling_state import FLAGS, SamplingState
 from ropeway.kernels.step import RowState
 from ropeway.kernels.triton_attention import RaggedRows, Tiling, paged_attention
 from ropeway.kernels.triton_cache import copy_blocks, write_kv
-from ropeway.kernels.triton_jit import upload
 from ropeway.kernels.triton_sampler import TritonSampler
 
 HEADS, KV_HEADS, HEAD, BLOCK_SIZE, VOCABULARY = 32, 8, 128, 16, 128_256
@@ -266,16 +265,18 @@ def time_sampler(report: Report) -> None:
         logits = torch.randn(rows, VOCABULARY, device="cuda") * sharpness
         state = SamplingState(rows, VOCABULARY, torch.device("cuda"))
         state.join([RowState(i, replace(params, seed=i), [1, 2, 3], []) for i in range(rows)])
-        needs = [row for row in state.needs if row is not None]
         slots = torch.arange(rows)
-        inputs = upload(torch.stack((slots, slots, slots * 0 + 2 * needs[0].penalties)), logits.device)
+        host, at = slots.numpy(), slots.cuda()
+        flags = torch.from_numpy(state.work[:rows] & FLAGS).cuda()
+        lines = Lines(host, host, at, at, flags, torch.empty_like(at), torch.empty_like(at, dtype=torch.bool))
         ours, theirs = TritonSampler(state), Sampler(state)
+        kind = ours.kind(lines)
         theirs.sample(logits, slots, slots)
         figures = {
             "eager_us": round(event_seconds(lambda s=ours, x=logits, at=slots: s.sample(x, at, at), 5) * 1e6),
             "torch_us": round(event_seconds(lambda s=theirs, x=logits, at=slots: s.sample(x, at, at), 3) * 1e6),
         }
-        seconds = graph_seconds(lambda s=ours, x=logits, i=inputs, n=needs: s.launch(x, i, n, []))
+        seconds = graph_seconds(lambda s=ours, x=logits, n=lines, k=kind: s.launch(x, n, k))
         report.add(f"sample {name}, {rows} rows, logits x {sharpness}", seconds, **figures)
 
 

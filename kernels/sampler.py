@@ -11,6 +11,7 @@ top-p, min-p. A token is drawn by adding `noise.gumbel` and taking the largest.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ropeway.kernels.noise import gumbel
@@ -37,11 +38,42 @@ class Sampled:
     """[L, K] fp32."""
 
 
+@dataclass(slots=True, frozen=True)
+class Lines:
+    """The lines of one step's logits: what the host knows of them, the same on the device, and where results go.
+
+    A line that nobody wants has the state's `spare` slot. The host's arrays end where a bucket's pads begin.
+    """
+
+    host_slots: np.ndarray
+    """[<=L] int64."""
+    host_positions: np.ndarray
+    """[<=L] int64."""
+    slots: torch.Tensor
+    """[L] int64: slots of rows that have joined, each once (`spare` may repeat)."""
+    positions: torch.Tensor
+    """[L] int64: of the token to be sampled in its sequence."""
+    flags: torch.Tensor
+    """[L] int64: `SamplingState.work & FLAGS` of the slots."""
+    token_ids: torch.Tensor
+    """[L] int64, written by the sampler."""
+    finite: torch.Tensor
+    """[L] bool, written by the sampler."""
+
+
 class Sampler:
     """Samples one token per row, and counts it where the row has penalties."""
 
     def __init__(self, state: SamplingState) -> None:
         self.state = state
+
+    def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
+        """As `sample`, for lines that a step has staged; ids and finiteness are written where `lines` says."""
+        slots, positions = torch.from_numpy(lines.host_slots), torch.from_numpy(lines.host_positions)
+        sampled = self.sample(logits, slots, positions)
+        lines.token_ids.copy_(sampled.token_ids)
+        lines.finite.copy_(sampled.finite)
+        return sampled
 
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
         """logits [L, V] fp32 (unchanged); slots [L] int64, of rows that have joined; positions [L] int64, of the

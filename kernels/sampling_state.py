@@ -7,10 +7,12 @@ Values are trusted: `server/` has validated them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowState
+from ropeway.kernels.triton_jit import upload
 
 BANNED_BIAS = -100.0
 """A logit bias of this or less bans the token, as OpenAI's API says."""
@@ -52,27 +54,43 @@ class Needs:
         )
 
 
+BIASED, PENALISED, DRAWN = 1, 2, 4
+"""Bits of `SamplingState.work`."""
+FLAGS = BIASED | PENALISED
+"""Those that the sampler's kernels read, too."""
+GREEDY = SamplingParams(temperature=0.0)
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
 class SamplingState:
-    """Persistent per-row parameters on the device, updated when rows join.
+    """Persistent per-row parameters on the device, updated when rows join. Nothing here waits for the device.
 
     Tensors of one value per slot: `temperature top_p min_p repetition_penalty frequency_penalty presence_penalty`
     fp32, `top_k seed` int64. Tensors of one value per slot and token, made when the first row needs them:
     `bias` fp32 (logit bias; -inf where a token is never allowed) and `history` int32.
+
+    Behind the rows' slots, 0 to num_slots - 1, stands one more, `spare`: greedy and plain, for lines that nobody reads.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.num_slots = num_slots
         self.vocab_size = vocab_size
         self.device = device
-        self.needs: list[Needs | None] = [None] * num_slots
-        self.temperature = torch.ones(num_slots, device=device)
-        self.top_p = torch.ones(num_slots, device=device)
-        self.min_p = torch.zeros(num_slots, device=device)
-        self.repetition_penalty = torch.ones(num_slots, device=device)
-        self.frequency_penalty = torch.zeros(num_slots, device=device)
-        self.presence_penalty = torch.zeros(num_slots, device=device)
-        self.top_k = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.seed = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.spare = num_slots
+        self.needs: list[Needs | None] = [None] * num_slots + [Needs.of(GREEDY, 0, vocab_size)]
+        self.work = np.zeros(num_slots + 1, dtype=np.int64)
+        """On the host, by slot: `BIASED` | `PENALISED` | `DRAWN`."""
+        self.ban_stop_until = np.zeros(num_slots + 1, dtype=np.int64)
+        """On the host, by slot: as in `Needs`."""
+        self.wants_logprobs = np.zeros(num_slots + 1, dtype=bool)
+        """On the host, by slot."""
+        self._floats = torch.zeros(len(_FLOATS), num_slots + 1, device=device)
+        self._ints = torch.zeros(2, num_slots + 1, dtype=torch.int64, device=device)
+        self.temperature, self.top_p, self.min_p, *penalties = self._floats.unbind()
+        self.repetition_penalty, self.frequency_penalty, self.presence_penalty = penalties
+        self.top_k, self.seed = self._ints.unbind()
+        for tensor in (self.top_p, self.repetition_penalty):
+            tensor.fill_(1)
         self.bias: torch.Tensor | None = None
         self.history: torch.Tensor | None = None
         """2 * times in the output + 1 if in the prompt."""
@@ -81,14 +99,22 @@ class SamplingState:
         """Fills the slots of rows that join. A row that joins again with its `output_ids` goes on as if never gone."""
         if not joins:
             return
-        slots = torch.tensor([row.state_slot for row in joins], device=self.device)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
-            self._write(name, slots, [getattr(row.params, name) for row in joins])
-        self._write("top_k", slots, [row.params.top_k for row in joins])
-        self._write("seed", slots, [row.params.seed for row in joins])
+        # int64 [6, J]: slots, top_k, seeds, then the six fp32 values of every row, two in the place of one int64
+        values = torch.empty(3 + len(_FLOATS) // 2, len(joins), dtype=torch.int64)
+        values[0] = torch.tensor([row.state_slot for row in joins])
+        values[1] = torch.tensor([row.params.top_k for row in joins])
+        values[2] = torch.tensor([row.params.seed for row in joins])
+        floats = [[getattr(row.params, name) for row in joins] for name in _FLOATS]
+        values[3:].view(torch.float32).view(len(_FLOATS), -1).copy_(torch.tensor(floats))
+        values = upload(values, self.device)
+        self._ints.index_copy_(1, values[0], values[1:3])
+        self._floats.index_copy_(1, values[0], values[3:].view(torch.float32).view(len(_FLOATS), -1))
         for row in joins:
-            needs = Needs.of(row.params, len(row.prompt_ids), self.vocab_size)
-            self.needs[row.state_slot] = needs
+            slot = row.state_slot
+            self.needs[slot] = needs = Needs.of(row.params, len(row.prompt_ids), self.vocab_size)
+            self.work[slot] = BIASED * needs.bias + PENALISED * needs.penalties + DRAWN * (not needs.greedy)
+            self.ban_stop_until[slot] = needs.ban_stop_until
+            self.wants_logprobs[slot] = needs.logprobs is not None
             if needs.bias:
                 self._fill_bias(row)
             if needs.penalties:
@@ -99,26 +125,22 @@ class SamplingState:
         assert self.history is not None
         self.history.index_put_((slots, token_ids), self.history.new_full((), 2), accumulate=True)
 
-    def _write(self, name: str, slots: torch.Tensor, values: list[float]) -> None:
-        tensor: torch.Tensor = getattr(self, name)
-        tensor[slots] = torch.tensor(values, dtype=tensor.dtype, device=self.device)
-
     def _fill_bias(self, row: RowState) -> None:
         if self.bias is None:
             self.bias = torch.zeros(self.num_slots, self.vocab_size, device=self.device)
         bias, params = self.bias[row.state_slot], row.params
         bias.fill_(-torch.inf if params.allowed_token_ids else 0)
-        bias[self._ids(params.allowed_token_ids)] = 0
+        bias.index_fill_(0, self._ids(params.allowed_token_ids), 0)
         values = [value if value > BANNED_BIAS else -torch.inf for value in params.logit_bias.values()]
-        bias[self._ids(list(params.logit_bias))] += torch.tensor(values, dtype=torch.float32, device=self.device)
+        bias.index_add_(0, self._ids(list(params.logit_bias)), upload(torch.tensor(values), self.device))
 
     def _fill_history(self, row: RowState) -> None:
         if self.history is None:
             self.history = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.int32, device=self.device)
         history, output = self.history[row.state_slot], self._ids(row.output_ids)
         history.zero_()
-        history[self._ids(row.prompt_ids)] = 1
+        history.index_fill_(0, self._ids(row.prompt_ids), 1)
         history.index_add_(0, output, torch.full_like(output, 2, dtype=torch.int32))
 
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+        return upload(torch.tensor(ids, dtype=torch.int64), self.device)

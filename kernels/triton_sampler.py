@@ -8,21 +8,27 @@ device; the host, which knows what each row needs, only decides which launches a
     draw         scores + noise, and the largest of every chunk                  rows with a temperature
     choose       a row's token: of the largest chunk, or after top-k/top-p/min-p always
 
-A row's result depends on its own logits, parameters and position alone: chunks have one size, and a row that is
-filtered is walked through by one program.
+There are three kinds of batches, each a superset of the one before, so that few kernels are compiled: `greedy`,
+`drawn` and `processed`. A row's result depends on its own logits, parameters and position alone: chunks have one size,
+and a row that is filtered is walked through by one program.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 
-from ropeway.kernels.sampler import Sampled, Sampler
-from ropeway.kernels.sampling_state import SMALLEST_TEMPERATURE, Needs
+from ropeway.kernels.sampler import Lines, Sampled, Sampler
+from ropeway.kernels.sampling_state import DRAWN, FLAGS, SMALLEST_TEMPERATURE
 from ropeway.kernels.triton_jit import ceil_div, next_power_of_2, upload
 from ropeway.kernels.triton_sampler_kernels import choose, draw, find_peaks, process
 
 BLOCK = 4096
 """Tokens per chunk."""
+
+Kind = Literal["greedy", "drawn", "processed"]
+KINDS: tuple[Kind, ...] = ("greedy", "drawn", "processed")
 
 
 class TritonSampler(Sampler):
@@ -31,68 +37,88 @@ class TritonSampler(Sampler):
     def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
         """logits [L, V] contiguous (unchanged); slots [L] int64 on the host, of rows that have joined, each once;
         positions [L] int64 on the host, of the token to be sampled in its sequence."""
-        needs = [self._needs(slot) for slot in slots.tolist()]
-        flags = torch.tensor([row.bias + 2 * row.penalties for row in needs])
-        inputs = upload(torch.stack((slots, positions, flags)), logits.device)
-        bans = [
-            (index, token_id)
-            for index, (row, position) in enumerate(zip(needs, positions.tolist(), strict=True))
-            if position < row.ban_stop_until
-            for token_id in row.stop_token_ids
-        ]
-        token_ids, finite = self.launch(logits, inputs, needs, bans)
-        return Sampled(token_ids, finite, *_logprobs(logits, token_ids, [row.logprobs for row in needs]))
+        host_slots, host_positions = slots.numpy(), positions.numpy()
+        flags = torch.from_numpy(self.state.work[host_slots] & FLAGS)
+        on_device = [upload(values, logits.device) for values in (slots, positions, flags)]
+        token_ids = torch.empty_like(on_device[0])
+        finite = torch.empty_like(token_ids, dtype=torch.bool)
+        return self.sample_lines(logits, Lines(host_slots, host_positions, *on_device, token_ids, finite))
 
-    def launch(
-        self, logits: torch.Tensor, inputs: torch.Tensor, needs: list[Needs], bans: list[tuple[int, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The part without logprobs: only launches, on what is on the device, so that it can be captured in a graph.
+    def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
+        """As `sample`, for lines that a step has staged."""
+        self.launch(logits, lines, self.kind(lines), self._bans(lines))
+        return self.report(logits, lines)
 
-        inputs [3, L] int64: slots, positions, flags. Returns ids [L] int64 and whether rows are finite [L] bool."""
+    def kind(self, lines: Lines) -> Kind:
+        """What the neediest line takes."""
+        slots = lines.host_slots
+        work = int(np.bitwise_or.reduce(self.state.work[slots]))
+        if work & FLAGS or (lines.host_positions < self.state.ban_stop_until[slots]).any():
+            return "processed"
+        return "drawn" if work & DRAWN else "greedy"
+
+    def launch(self, logits: torch.Tensor, lines: Lines, kind: Kind, bans: Sequence[tuple[int, int]] = ()) -> None:
+        """Only launches, on what is on the device: greedy and drawn lines can be captured in a graph.
+
+        bans: (line, token id) that must not be chosen, with kind processed."""
         state, (rows, vocabulary) = self.state, logits.shape
-        slots, positions, flags = inputs.unbind()
-        biased, penalised = any(row.bias for row in needs), any(row.penalties for row in needs)
-        drawn = any(not row.greedy for row in needs)
-        filtered = any(not row.greedy and row.filtered for row in needs)
+        processed, drawn = kind == "processed", kind != "greedy"
+        slots, positions, flags = lines.slots, lines.positions, lines.flags
         chunks = ceil_div(vocabulary, BLOCK)
-        peaks, raw_peaks, drawn_peaks = logits.new_empty(3, rows, chunks, dtype=torch.float32).unbind()
-        peak_ids, drawn_ids = logits.new_empty(2, rows, chunks, dtype=torch.int32).unbind()
+        peaks, raw_peaks, drawn_peaks = (logits.new_empty(rows, chunks, dtype=torch.float32) for _ in range(3))
+        peak_ids, drawn_ids = (logits.new_empty(rows, chunks, dtype=torch.int32) for _ in range(2))
         scores = logits
-        history = inputs if state.history is None else state.history
-        if biased or penalised or bans:
+        # Tables that no row has asked for are not read: anything of their dtype stands for them.
+        history = peak_ids if state.history is None else state.history
+        if processed:
             scores = torch.empty_like(logits, dtype=torch.float32)
             process[(rows, chunks)](
-                *(logits, scores, raw_peaks, slots, flags, inputs if state.bias is None else state.bias, history),
+                *(logits, scores, raw_peaks, slots, flags, peaks if state.bias is None else state.bias, history),
                 *(state.repetition_penalty, state.frequency_penalty, state.presence_penalty, vocabulary),
-                BIAS=biased,
-                PENALTIES=penalised,
+                BIAS=True,
+                PENALTIES=True,
                 BLOCK=BLOCK,
             )
         if bans:
             at = upload(torch.tensor(bans).T.contiguous(), logits.device)
             scores.index_put_((at[0], at[1]), scores.new_full((), -torch.inf))
         find_peaks[(rows, chunks)](scores, peaks, peak_ids, vocabulary, BLOCK=BLOCK)
-        cut = {"FILTERED": filtered, "CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
+        cut = {"FILTERED": drawn, "CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
         filters = (state.top_k, state.top_p, state.min_p, vocabulary, SMALLEST_TEMPERATURE)
-        scaled, noisy = logits.new_empty(2, *(logits.shape if filtered else (1, 1)), dtype=torch.float32).unbind()
+        scaled, noisy = (logits.new_empty(*(logits.shape if drawn else (1, 1)), dtype=torch.float32) for _ in range(2))
         if drawn:
             draw[(rows, chunks)](
                 *(scores, peaks, drawn_peaks, drawn_ids, scaled, noisy, slots, positions),
                 *(state.temperature, state.seed, *filters),
                 **cut,
             )
-        token_ids = torch.empty_like(slots)
-        finite = torch.empty_like(slots, dtype=torch.int8)
         choose[(rows,)](
-            *(scaled, noisy, peaks, peak_ids, raw_peaks, drawn_peaks, drawn_ids, token_ids, finite),
-            *(slots, flags, history, state.temperature, *filters),
-            PROCESSED=scores is not logits,
+            *(scaled, noisy, peaks, peak_ids, raw_peaks, drawn_peaks, drawn_ids),
+            *(lines.token_ids, lines.finite.view(torch.int8), slots, flags, history, state.temperature, *filters),
+            PROCESSED=processed,
             DRAWN=drawn,
-            PENALTIES=penalised,
+            PENALTIES=processed,
             **cut,
-            num_warps=32 if filtered else 1,
+            num_warps=32 if drawn else 1,
         )
-        return token_ids, finite.view(torch.bool)
+
+    def report(self, logits: torch.Tensor, lines: Lines) -> Sampled:
+        """What `launch` gave, with the logprobs of the lines that want them."""
+        asked = np.flatnonzero(self.state.wants_logprobs[lines.host_slots])
+        if not len(asked):
+            return Sampled(lines.token_ids, lines.finite)
+        needs = [self._needs(slot) for slot in lines.host_slots.tolist()]
+        return Sampled(lines.token_ids, lines.finite, *_logprobs(logits, lines.token_ids, [n.logprobs for n in needs]))
+
+    def _bans(self, lines: Lines) -> list[tuple[int, int]]:
+        """Stop tokens of lines that are too short to end."""
+        early = np.flatnonzero(lines.host_positions < self.state.ban_stop_until[lines.host_slots])
+        slots = lines.host_slots[early].tolist()
+        return [
+            (line, token_id)
+            for line, slot in zip(early.tolist(), slots, strict=True)
+            for token_id in self._needs(slot).stop_token_ids
+        ]
 
 
 def _logprobs(
@@ -100,8 +126,6 @@ def _logprobs(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(chosen [L], top ids [L, K], their logprobs [L, K]), log-softmax in fp32 of the model's own logits."""
     asked = [index for index, count in enumerate(wanted) if count is not None]
-    if not asked:
-        return None, None, None
     rows = upload(torch.tensor(asked), logits.device)
     logprobs = logits[rows].float().log_softmax(-1)
     chosen = logits.new_zeros(len(wanted), dtype=torch.float32)
