@@ -1,0 +1,375 @@
+"""A model's output as it is written, in pieces of any size -> what it means: content, thoughts, tool calls.
+
+One parser serves streams and whole answers, and reads each character once: it is a recursive descent that waits in
+the middle (a generator that yields) where the text ends for now. So no cut of the text can change what comes out.
+
+    thoughts    only at the beginning; nothing in them is a call. Newlines around them are the template's, not theirs.
+    calls       begin when name and arguments have begun; arguments go out as they come, as the model wrote them.
+    no call     what looks like one and is none goes to content as it is, markers included (but no special token).
+    spaces      between content and a call, and between calls, are the format's: they go nowhere.
+
+A call whose arguments break after they have begun cannot be taken back: the rest, up to the next marker, goes out as
+arguments too, as OpenAI's description warns ("the model does not always generate valid JSON"). Both are failures.
+Knows formats and JSON; no tokens, no protocol.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic_core import from_json
+
+from ropeway.server.growing_text import SPACES, GrowingText, Steps, Unreadable
+from ropeway.server.tool_formats import ReasoningFormat, ToolFormat
+
+ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+@dataclass(slots=True)
+class Content:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class Reasoning:
+    """Thoughts."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class CallStart:
+    """A call: its arguments follow, then its end (unless the output was cut)."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(slots=True)
+class CallArguments:
+    """A piece of a call's arguments, JSON text."""
+
+    index: int
+    text: str
+
+
+@dataclass(slots=True)
+class CallEnd:
+    """The call is complete."""
+
+    index: int
+
+
+Event = Content | Reasoning | CallStart | CallArguments | CallEnd
+
+
+@dataclass(slots=True, frozen=True)
+class OutputFormat:
+    """What the output of one request may hold; its choices share it."""
+
+    tools: ToolFormat | None = None
+    """None: calls are text, because the request has no tools or the model's format is unknown."""
+    tool_names: frozenset[str] = frozenset()
+    """Decide whether JSON without a marker is a call. A marked call may name any tool: the client can say no."""
+    parallel: bool = True
+    """False: what follows the first call is dropped."""
+    reasoning: ReasoningFormat | None = None
+    thinking: bool = False
+    """The prompt has opened the thoughts."""
+    hidden: frozenset[str] = frozenset()
+    """Markers that are special tokens, which nobody wants to see in content."""
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """What must reach the parser even where special tokens are left out."""
+        return frozenset(
+            (self.tools.markers if self.tools else ()) + (self.reasoning.markers if self.reasoning else ())
+        )
+
+
+class OutputParser:
+    """One choice's output: `feed` every piece, then `finish`; each returns the events since."""
+
+    def __init__(self, shape: OutputFormat) -> None:
+        self._format = shape
+        self._text = GrowingText()
+        self._events: list[Event] = []
+        self._thoughts = _Trimmed(leading="\n", trailing="\n")
+        self._content = _Trimmed(trailing=SPACES if shape.tools else "")
+        self._name: str | None = None
+        self._arguments: list[str] = []
+        """Of the call that is being read: gone out already if it has begun."""
+        self._begun = self._whole = False
+        """Whether a call has gone out in part, and whether its arguments are complete."""
+        self._unclosed = False
+        """Whether a closing marker is still to come, and not to be shown."""
+        self._cut = False
+        self.calls = 0
+        """Calls that have begun."""
+        self.failures = 0
+        """Marked calls that were none, and arguments that are no JSON object. A cut is no failure."""
+        self._machine = self._output()
+
+    def feed(self, piece: str) -> list[Event]:
+        """What a piece of text brings; often nothing, while it may be a marker."""
+        if piece:
+            self._text.add(piece)
+            next(self._machine)
+        return self._take_events()
+
+    def finish(self, cut: bool = False) -> list[Event]:
+        """The text has ended; nothing may be fed any more.
+
+        Args:
+            cut: by a limit, not by the model: what is incomplete then is nobody's mistake.
+        """
+        self._cut = cut
+        self._text.ended = True
+        next(self._machine, None)
+        if not self.calls:
+            self._emit(Content, self._content.rest())
+        return self._take_events()
+
+    @property
+    def ends_in_call(self) -> bool:
+        """Whether there are calls to make: all that have begun are complete."""
+        return self.calls > 0 and not self._begun
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _output(self) -> Steps[None]:
+        if self._format.reasoning is not None:
+            yield from self._think(self._format.reasoning)
+        if self._format.tools is None:
+            yield from self._text.up_to((), self._say)
+        else:
+            yield from self._answer(self._format.tools)
+
+    def _think(self, shape: ReasoningFormat) -> Steps[None]:
+        if not self._format.thinking:
+            spaces = yield from self._text.spaces()
+            if not (yield from self._text.follows(shape.open)):
+                self._say(spaces)
+                return
+        yield from self._text.up_to((shape.close,), lambda text: self._emit(Reasoning, self._thoughts.add(text)))
+        self._content.leading = "\n"
+
+    def _answer(self, tools: ToolFormat) -> Steps[None]:
+        marker = ""
+        if tools.bare:
+            self._say((yield from self._text.spaces()))
+            if (yield from self._text.char()) == "{":
+                marker = yield from self._calls(tools, "")
+        while True:
+            while marker == tools.open:
+                marker = yield from self._calls(tools, marker)
+            marker = yield from self._text.up_to(self._markers(tools, self._unclosed), self._say)
+            if not marker:
+                return
+            self._unclosed = False
+
+    def _calls(self, tools: ToolFormat, marker: str) -> Steps[str]:
+        """The calls behind a marker ("" for none). What turns out to be no call is content.
+
+        Returns the marker that ended broken arguments, else "".
+        """
+        text = self._text
+        text.taken = [] if marker in self._format.hidden else [marker]
+        try:
+            yield from self._list(tools, marker)
+            failed = False
+        except Unreadable:
+            failed = True
+            self.failures += bool(marker or self._begun) and not (self._cut and text.ended)
+        taken, text.taken = "".join(text.taken or ()), None
+        if failed and self._begun and not self._whole:
+            return (yield from self._break_off(tools))
+        if self._begun:
+            self._end_call()
+            self._unclosed = bool(tools.close)
+        self._say(taken)
+        if self.calls and not self._format.parallel:
+            yield from text.up_to((), _ignore)
+        return ""
+
+    def _list(self, tools: ToolFormat, marker: str) -> Steps[None]:
+        """Calls, in a list or one after the other, and the closing marker. Raises: Unreadable."""
+        text = self._text
+        listed = (yield from text.char()) == "["
+        if listed:
+            text.take(text.at + 1)
+        while True:
+            yield from self._call(tools, known=not marker)
+            self._end_call()
+            text.taken = []
+            if not self._format.parallel:
+                return
+            if listed and (yield from text.char()) == "]":
+                text.take(text.at + 1)
+                text.taken = []
+                break
+            if (yield from text.char()) in (",", ";"):
+                text.take(text.at + 1)
+            if (yield from text.char()) != "{":
+                break
+        if tools.close:
+            self._unclosed = not (yield from text.follows(tools.close))
+            text.taken = text.taken if self._unclosed else []
+
+    def _call(self, tools: ToolFormat, known: bool) -> Steps[None]:
+        """One call. Raises: Unreadable."""
+        self._name, self._arguments, self._whole = None, [], False
+        if (yield from self._text.char()) == "{":
+            yield from self._object(known)
+        elif tools.named:
+            yield from self._named(tools.separators)
+        else:
+            raise Unreadable
+        if not self._begun:
+            self._argue("{}")
+
+    def _object(self, known: bool) -> Steps[None]:
+        """`{"name": ..., "arguments": ...}` in any order, other keys skipped. Arguments that come first wait.
+
+        Args:
+            known: the name must be one of the request's tools.
+        """
+        text = self._text
+        text.take(text.at + 1)
+        while (char := (yield from text.char())) != "}":
+            if char == ",":
+                text.take(text.at + 1)
+                continue
+            key = yield from text.string()
+            if (yield from text.char()) != ":":
+                raise Unreadable
+            text.take(text.at + 1)
+            if key == "name" and self._name is None:
+                self._name = yield from text.string()
+                if not self._name or (known and self._name not in self._format.tool_names):
+                    raise Unreadable
+                early, self._arguments = "".join(self._arguments), []
+                self._argue(early)
+            elif key in ARGUMENT_KEYS and not self._arguments:
+                yield from self._read_arguments()
+            else:
+                yield from text.value(_ignore)
+            if self._begun and not self._whole:
+                self._whole, text.taken = True, []
+        text.take(text.at + 1)
+        if self._name is None:
+            raise Unreadable
+
+    def _read_arguments(self) -> Steps[None]:
+        """An object goes out as it comes; one that the model wrote as a string is unpacked; null is no arguments."""
+        char = yield from self._text.char()
+        if char == "{":
+            yield from self._text.value(self._argue)
+        elif char == '"':
+            self._argue((yield from self._text.string()) or "{}")
+        else:
+            word: list[str] = []
+            yield from self._text.value(word.append)
+            if "".join(word) != "null":
+                raise Unreadable
+            self._argue("{}")
+
+    def _named(self, separators: Sequence[str]) -> Steps[None]:
+        """`name{...}`, `name[ARGS]{...}`, `name[CALL_ID]id[ARGS]{...}`. Raises: Unreadable."""
+        self._name = yield from self._text.word()
+        for separator in separators:
+            if (yield from self._text.follows(separator)):
+                yield from self._text.word()
+        if not self._name or (yield from self._text.char()) != "{":
+            raise Unreadable
+        yield from self._text.value(self._argue)
+
+    def _argue(self, piece: str) -> None:
+        """A piece of arguments; with the first one, and once the name is known, the call begins."""
+        if piece:
+            self._arguments.append(piece)
+        if not piece or self._name is None:
+            return
+        if not self._begun:
+            assert self._format.tools is not None
+            self._begun = True
+            self._text.taken = None  # there is no way back
+            self._content.drop()
+            self._events.append(CallStart(self.calls, self._format.tools.new_id(), self._name))
+            self.calls += 1
+        self._emit_arguments(piece)
+
+    def _end_call(self) -> None:
+        self._events.append(CallEnd(self.calls - 1))
+        self._begun = False
+        self.failures += not _is_object("".join(self._arguments))
+
+    def _break_off(self, tools: ToolFormat) -> Steps[str]:
+        """The arguments are no JSON: they go on up to the next marker, which is returned, or "" at the end."""
+        marker = yield from self._text.up_to(self._markers(tools, True), self._emit_arguments)
+        if not marker:
+            return ""
+        self._events.append(CallEnd(self.calls - 1))
+        self._begun = False
+        if not self._format.parallel:
+            yield from self._text.up_to((), _ignore)
+        return marker
+
+    def _markers(self, tools: ToolFormat, closing: bool) -> tuple[str, ...]:
+        return (tools.open, tools.close) if closing and tools.close else (tools.open,)
+
+    def _say(self, text: str) -> None:
+        self._emit(Content, self._content.add(text))
+
+    def _emit(self, kind: type[Content] | type[Reasoning], text: str) -> None:
+        if text:
+            self._events.append(kind(text))
+
+    def _emit_arguments(self, text: str) -> None:
+        if text:
+            self._events.append(CallArguments(self.calls - 1, text))
+
+
+class _Trimmed:
+    """A text without what surrounds it: `leading` characters are left out, `trailing` ones wait for what follows."""
+
+    def __init__(self, leading: str = "", trailing: str = "") -> None:
+        self.leading = leading
+        self._trailing = trailing
+        self._begun = False
+        self._held: list[str] = []
+
+    def add(self, text: str) -> str:
+        """What of it is certain to belong to the text."""
+        if not self._begun:
+            text = text.lstrip(self.leading)
+        body = text.rstrip(self._trailing)
+        self._begun = self._begun or bool(text)
+        if not body:
+            self._held.append(text)
+            return ""
+        held, self._held = "".join(self._held), [text[len(body) :]]
+        return held + body
+
+    def drop(self) -> None:
+        """What waits is not part of the text."""
+        self._held.clear()
+
+    def rest(self) -> str:
+        """What waits is part of the text after all."""
+        return "".join(self._held)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(from_json(text, allow_inf_nan=False), dict)
+    except ValueError:
+        return False

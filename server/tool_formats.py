@@ -1,0 +1,106 @@
+"""How models write tool calls and thoughts, as data; which of the ways a chat template has. Reads no output.
+
+All formats are JSON behind a marker, or nearly so: what differs is said by the fields of `ToolFormat`, and one parser
+(`output_parser.py`) reads them all.
+"""
+
+import secrets
+import string
+from dataclasses import dataclass
+
+ALPHANUMERIC = string.ascii_letters + string.digits
+
+
+@dataclass(slots=True, frozen=True)
+class ToolFormat:
+    """One way to write calls: a marker, then `{"name": ..., "arguments": {...}}`, or a list of such objects."""
+
+    name: str
+    open: str
+    """Marker before one call or several."""
+    close: str = ""
+    """Marker behind them, "" if there is none."""
+    bare: bool = False
+    """An answer may be a call without any marker: one that begins with `{` and names a tool of the request."""
+    named: bool = False
+    """Also `open name{arguments}`, with `separators` between."""
+    separators: tuple[str, ...] = ()
+    """What a named call has between name and arguments, in this order, each optional; text may follow the first."""
+    short_ids: bool = False
+    """Ids are nine letters and digits: the template refuses others when they come back."""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens and must reach the parser."""
+        return tuple(filter(None, (self.open, self.close, *self.separators)))
+
+    def new_id(self) -> str:
+        """The id of a new call."""
+        if self.short_ids:
+            return "".join(secrets.choice(ALPHANUMERIC) for _ in range(9))
+        return f"call_{secrets.token_hex(12)}"
+
+
+@dataclass(slots=True, frozen=True)
+class ReasoningFormat:
+    """Thoughts stand at the beginning of an answer, between two markers; the prompt may hold the first one."""
+
+    name: str
+    open: str
+    close: str
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that may be special tokens and must reach the parser."""
+        return (self.open, self.close)
+
+    def opened_by(self, prompt: str) -> bool:
+        """Whether a prompt ends with the opening marker, so that the output begins with thoughts."""
+        return prompt.rstrip().endswith(self.open)
+
+    def left_open(self, text: str) -> bool:
+        """Whether an answer that is to be continued breaks off within its thoughts."""
+        return text.lstrip().startswith(self.open) and self.close not in text
+
+
+TOOL_FORMATS = {
+    shape.name: shape
+    for shape in (
+        ToolFormat("hermes", "<tool_call>", "</tool_call>"),
+        ToolFormat(
+            "mistral", "[TOOL_CALLS]", named=True, separators=("[CALL_ID]", "[ARGS]"), short_ids=True
+        ),
+        ToolFormat("llama", "<|python_tag|>", bare=True),
+        ToolFormat("granite", "<|tool_call|>"),
+    )
+}  # fmt: skip
+
+REASONING_FORMATS = {
+    shape.name: shape
+    for shape in (
+        ReasoningFormat("think", "<think>", "</think>"),
+        ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
+        ReasoningFormat("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
+        ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
+    )
+}
+
+_OTHER_GRAMMARS = ("<function=", "<arg_key>", "<parameter=")
+"""Qwen3-Coder and GLM write XML between Hermes's markers: not these formats."""
+
+
+def recognise_tools(template: str) -> ToolFormat | None:
+    """The format a template's own calls have, None if it is none of ours."""
+    if any(text in template for text in _OTHER_GRAMMARS):
+        return None
+    for name in ("mistral", "hermes", "granite", "llama"):
+        if TOOL_FORMATS[name].open in template:
+            return TOOL_FORMATS[name]
+    if "ipython" in template and '"parameters": ' in template:  # Llama 3.2: no marker at all
+        return TOOL_FORMATS["llama"]
+    return None
+
+
+def recognise_reasoning(template: str) -> ReasoningFormat | None:
+    """The format a template's own thoughts have; the closing marker is in all templates that know them."""
+    return next((shape for shape in REASONING_FORMATS.values() if shape.close in template), None)

@@ -1,0 +1,289 @@
+"""What comes out of a model's text, whole and cut at every point."""
+
+import json
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ropeway.server.output_parser import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    OutputFormat,
+    OutputParser,
+    Reasoning,
+)
+from ropeway.server.tool_formats import REASONING_FORMATS, TOOL_FORMATS
+
+HERMES, LLAMA, MISTRAL, GRANITE = (TOOL_FORMATS[name] for name in ("hermes", "llama", "mistral", "granite"))
+THINK = REASONING_FORMATS["think"]
+NAMES = frozenset({"f", "get_weather"})
+NASTY = {
+    "text": 'a "quoted" \\ path\\ and </tool_call> {[}] [TOOL_CALLS] <|python_tag|> \n\t 日本語 😀 \u2028',
+    "deep": [{"a": {"b": [[], {}, ""]}}, None, True, -1.5e-7],
+    "}": "{",
+}
+
+
+@dataclass
+class Seen:
+    """Events put together."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    complete: bool = False
+    failures: int = 0
+
+
+def put_together(events: list[Event], parser: OutputParser) -> Seen:
+    """What a client makes of the events; checks their order on the way."""
+    seen, open_call, starts = Seen(), None, count()
+    for event in events:
+        match event:
+            case Content(text):
+                assert text and open_call is None
+                seen.content += text
+            case Reasoning(text):
+                assert text and not seen.content and not seen.calls
+                seen.reasoning += text
+            case CallStart(index, _, name):
+                assert index == next(starts) and open_call is None
+                seen.calls.append((name, ""))
+                open_call = index
+            case CallArguments(index, text):
+                assert text and index == open_call
+                name, arguments = seen.calls[-1]
+                seen.calls[-1] = (name, arguments + text)
+            case CallEnd(index):
+                assert index == open_call
+                open_call = None
+    assert parser.ends_in_call == (bool(seen.calls) and open_call is None)
+    seen.complete, seen.failures = parser.ends_in_call, parser.failures
+    return seen
+
+
+def parse(shape: OutputFormat, pieces: list[str], cut: bool = False) -> Seen:
+    parser = OutputParser(shape)
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish(cut)
+    return put_together(events, parser)
+
+
+def call(arguments: Any = None, name: str = "f", key: str = "arguments") -> str:
+    return json.dumps({"name": name, key: {} if arguments is None else arguments}, ensure_ascii=False)
+
+
+def hermes(*arguments: Any) -> str:
+    return "\n".join(f"<tool_call>\n{call(value)}\n</tool_call>" for value in arguments)
+
+
+ONE = [("f", '{"a": 1}')]
+NASTY_TEXT = json.dumps(NASTY, ensure_ascii=False)
+ESCAPED_TEXT = json.dumps(NASTY)
+A = '{"a": 1}'
+
+# (format, text, content, calls) and what differs from no thoughts, no failures, complete calls
+CASES: dict[str, tuple[OutputFormat, str, Seen]] = {}
+
+
+def case(name: str, shape: Any, text: str, content: str = "", calls: Any = (), **more: Any) -> None:
+    options = {key: more.pop(key) for key in ("thinking", "parallel", "hidden", "reasoning") if key in more}
+    form = OutputFormat(tools=shape, tool_names=NAMES, **options)
+    expected = Seen(content, calls=list(calls), complete=more.pop("complete", bool(calls)))
+    expected.reasoning, expected.failures = more.pop("thoughts", ""), more.pop("failures", 0)
+    assert not more and name not in CASES
+    CASES[name] = (form, text, expected)
+
+
+for shape in (HERMES, LLAMA, MISTRAL, GRANITE):
+    for text in (
+        "",
+        " \n",
+        "Hello, 日本語 {world} \n",
+        "a < b, <b>, <tool, [TOOL, <|py",
+        "\n\n[1] {",
+        "{}",
+        '{"a": 1}\n',
+    ):
+        case(f"{shape.name}: text {text!r}", shape, text, text)
+    marked = f"{shape.open}{call({'a': 1})}{shape.close}"
+    case(f"{shape.name}: one call", shape, marked, "", ONE)
+    case(f"{shape.name}: text, then call", shape, f"Hi  there.\n\n{marked}", "Hi  there.", ONE)
+    case(f"{shape.name}: call, then text", shape, f"{marked}\nDone.\n", "\nDone.", ONE)
+    case(f"{shape.name}: parallel", shape, f" {marked}\n{marked}\n\n{marked}\n", "", ONE * 3)
+    case(f"{shape.name}: one at most", shape, f"Hi\n{marked}\n{marked} bye", "Hi", ONE, parallel=False)
+    for what, value in (("raw", NASTY_TEXT), ("escaped", ESCAPED_TEXT)):
+        text = f'{shape.open}{{"name": "f", "arguments": {value}}}{shape.close}'
+        case(f"{shape.name}: nasty strings, {what}", shape, text, "", [("f", value)])
+    case(f"{shape.name}: list", shape, f"{shape.open} [{call({'a': 1})}, {call({'a': 1})}]{shape.close}", "", ONE * 2)
+    backward = f'{{"id": [1, {{"name": "x"}}], "arguments": {NASTY_TEXT}, "type": "function", "name": "f"}}'
+    case(f"{shape.name}: arguments first", shape, shape.open + backward + shape.close, "", [("f", NASTY_TEXT)])
+    packed = json.dumps({"name": "f", "arguments": NASTY_TEXT})
+    case(f"{shape.name}: arguments as a string", shape, shape.open + packed + shape.close, "", [("f", NASTY_TEXT)])
+    for none in ('{"name": "f"}', '{"name":"f","parameters":null}', '{"arguments": "", "name":"f",}'):
+        case(f"{shape.name}: no arguments, {none}", shape, shape.open + none + shape.close, "", [("f", "{}")])
+    case(f"{shape.name}: unknown tool", shape, f"{shape.open}{call({'a': 1}, 'g')}{shape.close}", "", [("g", A)])
+    for text in (
+        shape.open,
+        f"{shape.open} marks a call.",
+        f"x {shape.open}{{}}{shape.close}",
+        f'{shape.open}{{"name": 1, "arguments": {{}}}}{shape.close} y',
+        f'{shape.open}{{"name": "f", "arguments": [1]}}{shape.close}',
+        f'{shape.open}{{"name": "f", "arguments": tru}}{shape.close}',
+        f'{shape.open}{{"name" "f", "arguments": {{}}}}',
+        f'{shape.open}{{"name": "", "arguments": {{}}}}',
+        f'{shape.open}{{"name": "\\ud800", "arguments": {{}}}}',
+        f'{shape.open}{{"name": "f", "argum',
+        f"{shape.open}\n{{'name': 'f'}}\n",
+    ):
+        case(f"{shape.name}: no call {text!r}", shape, text, text, failures=1)
+    text = f"a {shape.open}b"
+    case(f"{shape.name}: hidden marker", shape, text, "a b", failures=1, hidden=frozenset({shape.open}))
+    for half in ('{"a": ', '{"a": [{"b": "{', '{"a": "\\'):
+        text = f'Hi {shape.open}{{"name": "f", "arguments": {half}'
+        case(f"{shape.name}: cut in {half!r}", shape, text, "Hi", [("f", half)], complete=False, failures=1)
+    text = f'{shape.open}{{"name": "f", "arguments": {{"a": 1}}'
+    case(f"{shape.name}: cut behind arguments", shape, text, "", ONE, failures=1)
+    text = f"<think>\nWhat {shape.open}{call()}{shape.close}\n\n</think>\n\nOk.\n{marked}"
+    case(f"{shape.name}: thoughts, text, call", shape, text, "Ok.", ONE, reasoning=THINK,
+         thoughts=f"What {shape.open}{call()}{shape.close}")  # fmt: skip
+    case(f"{shape.name}: opened thoughts, call", shape, f"\nHm.\n</think>\n\n{marked}", "", ONE, reasoning=THINK,
+         thinking=True, thoughts="Hm.")  # fmt: skip
+
+case("hermes: newlines", HERMES, hermes({"a": 1}, NASTY), "", [*ONE, ("f", NASTY_TEXT)])
+case("hermes: two in one block", HERMES, f"<tool_call>{call({'a': 1})}\n{call({'a': 1})}</tool_call>", "", ONE * 2)
+case("hermes: no closing marker", HERMES, f"<tool_call>{call({'a': 1})}\n<tool_call>{call({'a': 1})}", "", ONE * 2)
+case("hermes: closing marker of nothing", HERMES, "a </tool_call> b", "a </tool_call> b")
+case("hermes: a brace too many", HERMES, f"<tool_call>{call({'a': 1})}}}\n</tool_call> Hi", "}\n Hi", ONE)
+case("hermes: broken arguments", HERMES,
+     '<tool_call>{"name": "f", "arguments": {"a": oops}}</tool_call>' + hermes({"a": 1}), "", [("f", '{"a": oops}}'), *ONE], failures=1)  # fmt: skip
+case("hermes: brackets that do not match", HERMES, '<tool_call>{"name": "f", "arguments": {"a": [}}</tool_call> Hi',
+     " Hi", [("f", '{"a": [}}')], failures=1)  # fmt: skip
+case("hermes: no comma", HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1 "b": 2}}</tool_call>',
+     "", [("f", '{"a": 1 "b": 2}')], failures=1)  # fmt: skip
+case("hermes: broken behind the arguments", HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}, oops</tool_call>',
+     ", oops", ONE, failures=1)  # fmt: skip
+case("hermes: broken over and over", HERMES, '<tool_call>{"name":"f","arguments":{x' * 400, "",
+     [("f", "{x")] * 400, failures=400, complete=False)  # fmt: skip
+case("llama: bare", LLAMA, call({"a": 1}, key="parameters"), "", ONE)
+case("llama: bare, semicolons", LLAMA, "; ".join([call({"a": 1}, key="parameters")] * 3), "", ONE * 3)
+case("llama: bare, lines", LLAMA, "\n" + "\n".join([call({"a": 1}, key="parameters")] * 2) + "\n", "", ONE * 2)
+case("llama: bare with a type", LLAMA, '{"type": "function", "name": "f", "parameters": {"a": 1}}', "", ONE)
+case("llama: JSON of another kind", LLAMA, '{"name": "Bob", "arguments": {}} ', '{"name": "Bob", "arguments": {}} ')
+case("llama: a call, then other JSON", LLAMA, call({"a": 1}) + '; {"name": "Bob"}', '; {"name": "Bob"}', ONE)
+case("llama: JSON behind text", LLAMA, f"Ok: {call()}", f"Ok: {call()}")
+case("llama: cut before it is a call", LLAMA, '{"name": "f", "para', '{"name": "f", "para')
+case("llama: code", LLAMA, "<|python_tag|>print(1)", "print(1)", failures=1, hidden=frozenset({"<|python_tag|>"}))
+case("llama: thoughts, then bare", LLAMA, f"<think>a</think>\n{call({'a': 1})}", "", ONE, reasoning=THINK, thoughts="a")
+case("mistral: named", MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]get_weather[ARGS]' + NASTY_TEXT, "",
+     [*ONE, ("get_weather", NASTY_TEXT)])  # fmt: skip
+case("mistral: named, with id", MISTRAL, 'Hi [TOOL_CALLS]f[CALL_ID]aB3[ARGS]{"a": 1}', "Hi", ONE)
+case("mistral: named, bare", MISTRAL, '[TOOL_CALLS]f{"a": 1}[TOOL_CALLS]f {"a": 1}', "", ONE * 2)
+case("mistral: named, no arguments", MISTRAL, "[TOOL_CALLS]f[ARGS]", "[TOOL_CALLS]f[ARGS]", failures=1)
+case("mistral: named, broken", MISTRAL, "[TOOL_CALLS]f[ARGS]{'a'}[TOOL_CALLS]f{\"a\": 1}", "",
+     [("f", "{'a'}"), *ONE], failures=1)  # fmt: skip
+case("mistral: list, text in between", MISTRAL, f"[TOOL_CALLS] [{call({'a': 1})}, oops]", ", oops]", ONE, failures=0)
+for text in ("<think>", "<think>\n", "<think>\n\n</think>\n\n", "</think>"):
+    case(f"no thoughts {text!r}", None, text, reasoning=THINK, thinking=text == "</think>")
+case("thoughts", None, "\n<think>\n\na <b>\n\nc\n</think>\n\n d\n <think>e</think>\n", " d\n <think>e</think>\n",
+     thoughts="a <b>\n\nc", reasoning=THINK)  # fmt: skip
+case("thoughts cut", None, "a\n</thi", thoughts="a\n</thi", reasoning=THINK, thinking=True)
+case("no thoughts at all", None, " <thin air>\n", " <thin air>\n", reasoning=THINK)
+case("no format", None, hermes({"a": 1}), hermes({"a": 1}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_cut(name: str) -> None:
+    """Guards every format against every cut: in two at each point, and character by character."""
+    shape, text, expected = CASES[name]
+    assert parse(shape, [text]) == expected
+    assert parse(shape, list(text)) == expected
+    step = max(len(text) // 300, 1)
+    for place in range(1, len(text), step):
+        assert parse(shape, [text[:place], text[place:]]) == expected, place
+
+
+@given(st.sampled_from(sorted(CASES)), st.lists(st.integers(1, 40)))
+@settings(max_examples=150)
+def test_random_cuts(name: str, sizes: list[int]) -> None:
+    """Guards against states that only several cuts reach."""
+    shape, text, expected = CASES[name]
+    pieces = []
+    for size in [*sizes, len(text)]:
+        pieces.append(text[:size])
+        text = text[size:]
+    assert parse(shape, pieces) == expected
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<think>", "</think>",
+    '{"name": "f", "arguments": ', '{"a": 1}', "{", "}", "[", "]", ",", ";", ":", '"', "\\", '"name"', '"f"', "null",
+    '"arguments"', "x", " ", "\n", "<", "é",
+]  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join),
+    st.sampled_from([HERMES, LLAMA, MISTRAL, GRANITE, None]),
+    st.booleans(),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=300)
+def test_any_text(text: str, tools: Any, parallel: bool, thinking: bool, data: st.DataObject) -> None:
+    """Guards what nobody thought of: no text raises, every cut means the same, and without a call nothing is lost."""
+    shape = OutputFormat(tools, NAMES, parallel, THINK if thinking else None, thinking)
+    whole = parse(shape, [text])
+    assert parse(shape, list(text)) == whole
+    place = data.draw(st.integers(0, len(text)))
+    assert parse(shape, [text[:place], text[place:]]) == whole
+    if not whole.calls and not thinking:
+        assert whole.content == text
+
+
+def test_streams_as_it_is_written() -> None:
+    """Guards latency: a call starts with its arguments, and no piece of them waits for the next."""
+    parser = OutputParser(OutputFormat(HERMES))
+    assert parser.feed("Hello") == [Content("Hello")]
+    assert parser.feed(' <tool_call>{"name": "f", "arguments": ') == []
+    start, first = parser.feed('{"a')
+    assert isinstance(start, CallStart) and (start.index, start.name) == (0, "f") and start.id.startswith("call_")
+    assert first == CallArguments(0, '{"a')
+    assert parser.feed('": "</tool') == [CallArguments(0, '": "</tool')]
+    assert parser.feed('_call>"}') == [CallArguments(0, '_call>"}')]
+    assert parser.feed("}</tool_call>") == [CallEnd(0)]
+    assert OutputParser(OutputFormat()).feed("a < [TOOL_CALLS") == [Content("a < [TOOL_CALLS")]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_limit_is_no_failure(cut: bool) -> None:
+    """Guards the metric: max_tokens in the middle of a call says nothing about the model."""
+    for text in ('<tool_call>{"na', '<tool_call>{"name": "f", "arguments": {"a'):
+        assert parse(OutputFormat(HERMES), [text], cut).failures == (not cut)
+    assert parse(OutputFormat(HERMES), ["<tool_call>{oops}</tool_call> and more"], True).failures == 1
+
+
+def test_ids() -> None:
+    """Guards ids: never the same twice, and of the nine characters that Mistral's templates insist on."""
+    for shape, size in ((MISTRAL, 9), (HERMES, 29)):
+        parser = OutputParser(OutputFormat(shape))
+        events = parser.feed(f"{shape.open}{call()}{shape.close}" * 50)
+        ids = {event.id for event in events if isinstance(event, CallStart)}
+        assert len(ids) == 50 and all(len(id) == size for id in ids)
+        assert shape is HERMES or all(id.isalnum() for id in ids)
+
+
+def test_linear_time() -> None:
+    """Guards the event loop: the work per character does not grow with the text (what was read is not kept)."""
+    for opening in ('<tool_call>{"name": "f", "arguments": {"a": "', "", "\n"):
+        parser = OutputParser(OutputFormat(HERMES, reasoning=THINK))
+        parser.feed(opening)
+        for _ in range(20_000):
+            parser.feed("abc<")
+        assert len(parser._text.text) < 100
