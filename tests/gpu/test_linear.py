@@ -1,0 +1,61 @@
+"""`linear` on a GPU at real sizes, against float64, in a graph. By hand."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA", allow_module_level=True)
+
+from ropeway.kernels.linear import linear
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128_256, 4096), (1024, 2048), (1024, 3072)]
+
+
+def relative_error(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    parts = [x.double() @ part.double().T for part in weight.split(8192)]  # a head in float64 takes 4 GB
+    expected = torch.cat(parts, -1)
+    if bias is not None:
+        expected += bias
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (1152, 896), (2048, 2064), (151_936, 896)])
+def test_shapes(n: int, k: int, dtype: torch.dtype) -> None:
+    """Guards both kernels, each row count at which something changes, bias, and K that is no multiple of a tile."""
+    torch.manual_seed(n + k)
+    weight = torch.randn(n, k, device="cuda", dtype=dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype) * 10
+    for rows in (1, 2, 8, 16, 17, 32, 33):
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        for b in (None, bias):
+            assert relative_error(linear(x, weight, b), x, weight, b) < 4e-3
+
+
+def test_in_a_cuda_graph_behind_what_it_reads() -> None:
+    """Guards the early start: x is written by the launch in front, which may still run."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 4096, 4096, device="cuda", dtype=torch.bfloat16) / 64
+    for rows in (1, 8):
+        first = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+
+        def chain(first: torch.Tensor = first) -> torch.Tensor:
+            x = first
+            for layer in weight:
+                x = linear(x, layer)
+            return x
+
+        expected = first.double()
+        for layer in weight:
+            expected = expected @ layer.double().T
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = chain()
+        results = []
+        for _ in range(50):
+            graph.replay()
+            results.append(out.clone())
+        assert all(torch.equal(result, results[0]) for result in results)
+        assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
