@@ -57,7 +57,7 @@ class AbortRequest(msgspec.Struct, tag="abort", array_like=True, frozen=True):
 ToEngine = AddRequest | AbortRequest
 
 
-class RowOutput(msgspec.Struct, array_like=True):
+class RowOutput(msgspec.Struct, array_like=True, gc=False):
     """What one choice got from one step. The last one of a choice has a `finish_reason`."""
 
     request_id: int

@@ -23,8 +23,8 @@ class Draft:
 
     tokens_left: int
     """Of the step's token budget."""
-    spans: dict[Row, range] = field(default_factory=dict)
-    """The positions that each row computes, in the order of the rows in the step."""
+    spans: dict[Row, tuple[int, int]] = field(default_factory=dict)
+    """The positions [start, stop) that each row computes, in the order of the rows in the step."""
     joins: list[RowState] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     victims: set[Row] = field(default_factory=set)
@@ -32,26 +32,29 @@ class Draft:
     oldest: Row | None = None
     """The oldest running row, once somebody asked."""
 
-    def take(self, row: Row, span: range) -> None:
+    def take(self, row: Row, start: int, stop: int) -> None:
         """Puts a row into the step."""
-        self.spans[row] = span
-        self.tokens_left -= len(span)
+        self.spans[row] = start, stop
+        self.tokens_left -= stop - start
 
     def drop(self, row: Row) -> None:
         """Takes a row out of the step again, or keeps it out."""
         self.victims.add(row)
-        self.tokens_left += len(self.spans.pop(row, ()))
+        start, stop = self.spans.pop(row, (0, 0))
+        self.tokens_left += stop - start
 
     def launch(self) -> StepPlan:
         """Advances the rows: from here on the step counts as launched."""
         parts = []
-        for place, (row, span) in enumerate(self.spans.items()):
-            unread = row.in_flight > 0
-            sample = span.stop == row.num_tokens
-            token_ids = [UNREAD] if unread else row.tokens[span.start : span.stop]
-            prev_row = row.place if unread else -1
-            parts.append(RowInput(row.state_slot, token_ids, span.start, row.block_table, prev_row, sample))
-            row.computed = span.stop
-            row.in_flight += sample
+        for place, (row, (start, stop)) in enumerate(self.spans.items()):
+            unread = row.in_flight
+            sample = stop == len(row.tokens) + unread
+            if unread:
+                part = RowInput(row.state_slot, [UNREAD], start, row.block_table, row.place, sample)
+            else:
+                part = RowInput(row.state_slot, row.tokens[start:stop], start, row.block_table, -1, sample)
+            parts.append(part)
+            row.computed = stop
+            row.in_flight = unread + sample
             row.place = place
         return StepPlan(list(self.spans), StepInput(parts, self.joins, self.copies))

@@ -8,6 +8,7 @@ supervisor, which tells it over its control pipe what to do. SIGUSR1 prints the 
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -29,6 +30,8 @@ from ropeway.scheduler.messages import EngineControl, EngineReport, WorkerContro
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LEFT_TO_SUPERVISOR = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_BEFORE_HYGIENE = (*_LEFT_TO_SUPERVISOR, signal.SIGUSR1)
+GC_THRESHOLDS = 50_000, 10, 100
+"""Of Python's collector, see `gc.set_threshold`: more than a step of a thousand rows makes and drops again."""
 
 Control = EngineControl | EngineReport | WorkerControl
 _encode = msgspec.msgpack.Encoder().encode
@@ -105,6 +108,17 @@ def become_child(parent: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_BEFORE_HYGIENE)
+
+
+def calm_gc() -> None:
+    """Call when everything that stays is loaded: what is there is never looked at again, what comes seldom.
+
+    A full collection walks over a million objects of torch and transformers, and over every token list: a pause of
+    100 ms in the middle of a step.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _child_main(parent: int, main: Callable[[Any], None], context: Any) -> None:

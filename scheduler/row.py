@@ -106,7 +106,7 @@ class Row:
 
     def finish_reason(self) -> FinishReason | None:
         """Whether the last known token ended the row. `min_tokens` come before any stop token."""
-        if self.num_output > self.sampling.min_tokens and self.tokens[-1] in self.stop_ids:
+        if self.tokens[-1] in self.stop_ids and self.num_output > self.sampling.min_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_length else None
 

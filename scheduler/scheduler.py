@@ -14,7 +14,7 @@ Pure Python. Knows no tensors, no sockets and no clock: the caller passes the ti
 """
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -92,7 +92,7 @@ class Scheduler:
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._next_deadline = float("inf")
         """No unfinished row has an earlier one."""
-        self._outputs: dict[int, list[RowOutput]] = {}
+        self._outputs: defaultdict[int, list[RowOutput]] = defaultdict(list)
 
     # ---- requests come and go ----
 
@@ -112,7 +112,7 @@ class Scheduler:
 
     def refuse(self, owner: int, request: AddRequest, error: str) -> None:
         """Answers every choice of a request that was not added. `error` is one sentence for the client."""
-        self._outputs.setdefault(owner, []).extend(
+        self._outputs[owner].extend(
             RowOutput(request.request_id, choice.index, finish_reason="error", error=error)
             for choice in request.choices
         )
@@ -151,7 +151,7 @@ class Scheduler:
 
     def take_outputs(self) -> dict[int, list[RowOutput]]:
         """Owner -> what its rows got since the last call."""
-        outputs, self._outputs = self._outputs, {}
+        outputs, self._outputs = self._outputs, defaultdict(list)
         return outputs
 
     # ---- the next step ----
@@ -160,8 +160,10 @@ class Scheduler:
         """The next step, or None if no row can go on before something is read. The caller launches it at once."""
         self._drop_expired(now)
         draft = Draft(self.limits.max_num_batched_tokens)
-        decoding = [row for row in self.running if row.num_pending == 1]
-        chunks = [row for row in self.running if row.num_pending > 1]
+        decoding: list[Row] = []
+        chunks: list[Row] = []
+        for row in self.running:
+            (decoding if row.num_pending == 1 else chunks).append(row)
         for row in decoding + chunks:
             self._carry_on(row, draft)
         self._admit_waiting(draft)
@@ -171,15 +173,16 @@ class Scheduler:
         """Lets a running row compute what it lacks, as far as the budgets go."""
         if row in draft.victims:
             return
-        if row.in_flight > row.max_in_flight or row.num_tokens >= row.max_length:
+        num_tokens = row.num_tokens
+        if row.in_flight > row.max_in_flight or num_tokens >= row.max_length:
             self.stats.reasons["token unread"] += 1
             return
         if not draft.tokens_left:
             self.stats.reasons["token budget"] += 1
             return
-        span = range(row.computed, row.computed + min(row.num_pending, draft.tokens_left))
-        if self._make_room(row, span.stop, draft):
-            draft.take(row, span)
+        stop = min(num_tokens, row.computed + draft.tokens_left)
+        if stop <= len(row.block_table) * self.pool.block_size or self._make_room(row, stop, draft):
+            draft.take(row, row.computed, stop)
 
     def _make_room(self, row: Row, num_tokens: int, draft: Draft) -> bool:
         """Extends the row's table over `num_tokens`, at the cost of rows that come after it; False if it must wait."""
@@ -272,7 +275,7 @@ class Scheduler:
         return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
 
     def _join(self, row: Row, head: _HeadStart, draft: Draft) -> None:
-        span = range(head.start, min(row.num_tokens, head.start + draft.tokens_left))
+        stop = min(row.num_tokens, head.start + draft.tokens_left)
         self.pool.share(head.blocks)
         own = self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
         if head.copy_from is not None:
@@ -281,7 +284,7 @@ class Scheduler:
         row.state_slot = self._free_slots.pop()
         insort(self.running, row, key=lambda other: other.rank)
         draft.joins.append(RowState(row.state_slot, row.sampling, row.prompt_ids, row.tokens[row.num_prompt :]))
-        draft.take(row, span)
+        draft.take(row, head.start, stop)
         self._count_admission(row, head)
 
     def _count_admission(self, row: Row, head: _HeadStart) -> None:
@@ -300,6 +303,7 @@ class Scheduler:
 
     def update(self, plan: StepPlan, output: StepOutput) -> None:
         """Hands the sampled tokens of a step to its rows. What came too late for a finished row counts for nothing."""
+        size = self.pool.block_size
         for place, (row, part) in enumerate(zip(plan.rows, plan.step.rows, strict=True)):
             if row.finished or not part.sample:
                 continue
@@ -307,15 +311,16 @@ class Scheduler:
             if not output.finite[place]:
                 self._finish(row, "error", error="The model's logits for this request were not finite numbers.")
                 continue
-            self._publish(row)
+            if len(row.tokens) // size > row.num_published:
+                self._publish(row)
             row.tokens.append(output.token_ids[place])
             self._emit(row, output.logprobs.get(place))
 
     def _publish(self, row: Row) -> None:
         """Makes the full blocks findable that the step just read has completed: they hold `tokens`, and are sound."""
-        full = len(row.tokens) // self.pool.block_size
-        if full == row.num_published or not self.pool.caching:
+        if not self.pool.caching:
             return
+        full = len(row.tokens) // self.pool.block_size
         self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
         new = slice(row.num_published, full)
         self.pool.publish(row.block_table[new], row.block_hashes[new])
@@ -324,29 +329,21 @@ class Scheduler:
     def _emit(self, row: Row, logprobs: TokenLogprobs | None) -> None:
         """Sends the newest token; if it was the last one, the row leaves."""
         self.stats.generation_tokens += 1
-        reason = row.finish_reason()
-        self._send(
-            row,
-            RowOutput(
-                row.request_id,
-                row.choice,
-                row.tokens[-1:],
-                None if logprobs is None else [logprobs],
-                reason,
-                row.tokens[-1] if reason == "stop" else None,
-                row.cached_tokens if row.num_output == row.num_resumed + 1 else None,
-            ),
-        )
+        token, reason = row.tokens[-1], row.finish_reason()
+        output = RowOutput(row.request_id, row.choice, [token], finish_reason=reason)
+        if logprobs is not None:
+            output.logprobs = [logprobs]
+        if row.num_output == row.num_resumed + 1:
+            output.cached_tokens = row.cached_tokens
+        self._outputs[row.owner].append(output)
         if reason:
+            output.stop_token_id = token if reason == "stop" else None
             self._leave(row)
 
     def _finish(self, row: Row, reason: FinishReason, error: str | None = None) -> None:
         """Ends a row without a further token."""
-        self._send(row, RowOutput(row.request_id, row.choice, finish_reason=reason, error=error))
+        self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, finish_reason=reason, error=error))
         self._leave(row)
-
-    def _send(self, row: Row, output: RowOutput) -> None:
-        self._outputs.setdefault(row.owner, []).append(output)
 
     def _leave(self, row: Row) -> None:
         """Takes a row out for good, wherever it is."""

@@ -127,3 +127,20 @@ def test_addresses_tell_generations_and_workers_apart() -> None:
     }
     assert len(addresses) == 8
     assert all(address.startswith("ipc:///x/") for address in addresses)
+
+
+def test_a_calm_collector_leaves_what_was_loaded_alone() -> None:
+    """Guards a step against pauses of 100 ms: once loaded, a full collection must walk over new objects only, and the
+    objects of a thousand rows' steps must not start one."""
+    code = """
+import gc
+from ropeway.scheduler.processes import calm_gc
+ballast = [[i] for i in range(100_000)]
+calm_gc()
+assert gc.get_freeze_count() > 100_000 and len(gc.get_objects()) < 1_000
+full = gc.get_stats()[2]["collections"]
+for step in range(200):
+    last = [[row] for row in range(10_000)]
+assert gc.get_stats()[2]["collections"] == full and gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
