@@ -40,14 +40,19 @@ class KVPool:
         """K and V pool of a layer that has written."""
         return self._layers[layer]
 
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store new tokens: slots [N] int64, k [N,kv_heads,D], v [N,kv_heads,Dv]."""
+    def made_for(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V pool of a layer, made now if it never wrote: for tokens like k [N,kv_heads,D], v [N,kv_heads,Dv]."""
         if layer not in self._layers:
             self._layers[layer] = (self._new(k), self._new(v))
+        return self._layers[layer]
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store new tokens: slots [N] int64, k [N,kv_heads,D], v [N,kv_heads,Dv]."""
+        pools = self.made_for(layer, k, v)
         if k.is_cuda:
-            triton_cache.write_kv(*self._layers[layer], slots, k, v)
+            triton_cache.write_kv(*pools, slots, k, v)
             return
-        for pool, new in zip(self._layers[layer], (k, v), strict=True):
+        for pool, new in zip(pools, (k, v), strict=True):
             pool.flatten(0, 1).index_copy_(0, slots, new)
 
     def copy_blocks(self, pairs: torch.Tensor) -> None:

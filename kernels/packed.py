@@ -15,6 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from ropeway.kernels.attention import AttentionMetadata, paged_attention
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.forward import ModelCall, UnsupportedAttention, use_attention
+from ropeway.kernels.fused_ops import rotate_and_write
+from ropeway.kernels.fusion_deferred import Rotated, plain
 from ropeway.kernels.kv_pool import KVPool
 
 ATTENTION = "ropeway"
@@ -89,10 +91,10 @@ def _attention(
     step = _STEP.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
     step.windows[layer] = sliding_window
-    step.pool.write(layer, step.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    q = _written(step, layer, query, key, value[0].transpose(0, 1))
     k_pool, v_pool = step.pool.layer(layer)
     out = paged_attention(
-        query[0].transpose(0, 1),
+        q,
         k_pool,
         v_pool,
         step.metadata,
@@ -102,6 +104,17 @@ def _attention(
         sinks=s_aux,
     )
     return out[None], None
+
+
+def _written(step: _Step, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Store K and V; q [N,Hq,D]. Where q and k are still to be rotated, by the same angles, all in one launch."""
+    if isinstance(query, Rotated) and isinstance(key, Rotated) and query.pairs_with(key):
+        q, k, angles = query.taken(), key.taken(), query.angles
+        pools = step.pool.made_for(layer, k.x, value)
+        return rotate_and_write(q, k, value, angles.cos[0], angles.sin[0], angles.rotation, step.slots, *pools)
+    query, key, value = plain((query, key, value))
+    step.pool.write(layer, step.slots, key[0].transpose(0, 1), value)
+    return query[0].transpose(0, 1)
 
 
 AttentionInterface.register(ATTENTION, _attention)

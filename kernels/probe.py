@@ -80,6 +80,18 @@ def choose_layout(model: PreTrainedModel, max_model_len: int, wanted: Literal["a
     raise UnsupportedModel(f"{name} cannot be batched: not {'; not '.join(refusals)}.")
 
 
+def packed_logits(model: PreTrainedModel, max_model_len: int) -> list[torch.Tensor]:
+    """[T,V] per row of the trial: all rows together in the packed layout, which must work for the model."""
+    forward = PackedForward(model, KVPool(num_blocks=16, block_size=BLOCK_SIZE, fill=torch.nan))
+    return _batched_logits(forward, _rows(model, max_model_len), model.device)
+
+
+def allowed_difference(model: PreTrainedModel, max_model_len: int) -> float:
+    """By how much the logits of a trial may differ from the plain model's."""
+    rows = _rows(model, max_model_len)
+    return _tolerance(model, rows, _plain_logits(model, rows, plain_attention(model)))
+
+
 def _refused_for_both(model: PreTrainedModel, max_model_len: int) -> str | None:
     config = model.config.get_text_config(decoder=True)
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
@@ -139,7 +151,7 @@ def _tolerance(model: PreTrainedModel, rows: list[torch.Tensor], reference: list
     if plain_attention(model) == "eager" or uses_softcap(model) or not model._can_set_attn_implementation():
         return floor
     eager = _plain_logits(model, rows, "eager")
-    return max(floor, 5 * _difference(eager, reference))
+    return max(floor, 5 * largest_difference(eager, reference))
 
 
 def _try(
@@ -167,7 +179,7 @@ def _try(
         refusal = _refused_for_packed(model, forward.windows, max_model_len)
         if refusal:
             return _Trial(refusal)
-    difference = _difference(logits, reference)
+    difference = largest_difference(logits, reference)
     if not difference <= allowed:  # NaN is not
         return _Trial(f"its logits differ by {difference:.1e} from the plain model's (allowed {allowed:.1e})")
     return _Trial(None, difference, pool.bytes_per_block // BLOCK_SIZE)
@@ -201,7 +213,7 @@ def _batched_logits(
     return [torch.cat(part) for part in parts]
 
 
-def _difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """Largest difference of logits; NaN if there is one. Logits that are -inf in both are equal."""
     gaps = [torch.where(a == b, 0, a - b).abs().max() for a, b in zip(left, right, strict=True)]
     return torch.stack(gaps).max().item()

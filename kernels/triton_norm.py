@@ -1,0 +1,125 @@
+"""RMSNorm on the GPU, in Triton, alone or together with the residual addition before it: one launch, one pass.
+
+Knows rows of numbers, no model. `fused_ops.py` has the reference in torch.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+
+from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+TILE = 2048
+"""Numbers that one program holds at least, where there are so many rows."""
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, *, eps: float, offset: float, late: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * (offset + weight) over the last dimension, of x + residual if there is one.
+
+    Args:
+        x: [..., D], of at most two leading dimensions that are not 1; any strides but for a dense last dimension.
+        weight: [D], contiguous.
+        residual: like x, or None.
+        eps: added to the mean of squares.
+        offset: 0, or 1 for weights stored as differences from one.
+        late: round to x's dtype once, after the weight; else before it as well.
+
+    Returns:
+        (normed, x + residual rounded to x's dtype or x itself); both [..., D], new ones contiguous.
+    """
+    tokens, heads = rows_of(x)
+    hidden = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(out)
+    other = x if residual is None else residual
+    block = next_power_of_2(hidden)
+    rows = max(1, min(TILE // block, next_power_of_2(tokens.size * heads.size)))
+    _rms_norm[(ceil_div(tokens.size * heads.size, rows),)](
+        *(x, other, weight, out, total, tokens.size * heads.size, heads.size, eps),
+        *(tokens.stride, heads.stride, rows_of(other)[0].stride, rows_of(other)[1].stride),
+        HIDDEN=hidden,
+        BLOCK=block,
+        ROWS=rows,
+        RESIDUAL=residual is not None,
+        OFFSET=offset,
+        LATE=late,
+        num_warps=max(1, min(16, rows * block // 512)),
+    )
+    return out, total
+
+
+class Dimension:
+    """Size and stride of one dimension, in numbers."""
+
+    __slots__ = ("size", "stride")
+
+    def __init__(self, size: int, stride: int) -> None:
+        self.size = size
+        self.stride = stride
+
+
+def rows_of(x: torch.Tensor) -> tuple[Dimension, Dimension]:
+    """The leading dimensions of x [..., D] as (outer, inner), those that follow each other in memory taken together.
+
+    Raises:
+        ValueError: two do not suffice, or the last dimension is not dense.
+    """
+    found: list[Dimension] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if found and found[-1].stride == size * stride:
+            found[-1] = Dimension(found[-1].size * size, stride)
+        elif size != 1:
+            found.append(Dimension(size, stride))
+    if len(found) > 2 or x.stride(-1) != 1:
+        raise ValueError(f"rows of a tensor {list(x.shape)} with strides {list(x.stride())}")
+    outer, inner = [Dimension(1, 0)] * (2 - len(found)) + found
+    return outer, inner
+
+
+@jit(run_time=("rows", "inner"))
+def _rms_norm(
+    x,
+    residual,
+    weight,
+    out,
+    total,
+    rows,
+    inner,
+    eps,
+    x_stride_outer,
+    x_stride_inner,
+    r_stride_outer,
+    r_stride_inner,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    OFFSET: tl.constexpr,
+    LATE: tl.constexpr,
+):
+    """ROWS rows, whole."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < HIDDEN)
+    place = row * HIDDEN + column
+    here = (row // inner) * x_stride_outer + (row % inner) * x_stride_inner + column
+    scale = tl.load(weight + column, mask=column < HIDDEN, other=0).to(tl.float32)
+    value = tl.load(x + here, mask=mask, other=0).to(tl.float32)
+    if RESIDUAL:
+        here = (row // inner) * r_stride_outer + (row % inner) * r_stride_inner + column
+        value += tl.load(residual + here, mask=mask, other=0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + place, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / HIDDEN + eps)
+    if not LATE:
+        value = value.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + place, (value * (OFFSET + scale)).to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,128 @@
+"""The fused kernels in Triton against their references in torch: ragged sizes, strides, conventions, dtypes."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from ropeway.kernels import triton_mlp, triton_norm, triton_rope
+from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, gated, rms_norm, rotate_and_write
+from ropeway.kernels.triton_norm import rows_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]  # the interpreter cuts bf16 off
+NORMS = [(0.0, False), (0.0, True), (1.0, True)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(found: torch.Tensor, right: torch.Tensor) -> None:
+    """Equal but for one rounding of the dtype: sums go in another order."""
+    assert found.dtype == right.dtype and found.shape == right.shape
+    eps = torch.finfo(right.dtype).eps
+    torch.testing.assert_close(found.cpu().float(), right.float(), rtol=2 * eps, atol=4 * eps)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors hold NaN, so that a place nobody wrote shows."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan)
+
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("offset", "late"), NORMS)
+@pytest.mark.parametrize("shape", [(1, 3, 40), (1, 1, 64), (2, 5, 7), (1, 70, 24)])
+def test_rms_norm(shape: tuple[int, ...], offset: float, late: bool, dtype: torch.dtype) -> None:
+    """Guards the mean over a width that is no power of two, both weight conventions and the order of roundings."""
+    x, residual = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    norm = Norm(random(shape[-1], dtype=dtype, seed=2), 1e-3, offset, late)
+    for other in (None, residual):
+        right, total = rms_norm(x, norm, other)
+        moved = None if other is None else other.to(DEVICE)
+        found = triton_norm.rms_norm(
+            x.to(DEVICE), norm.weight.to(DEVICE), moved, eps=norm.eps, offset=offset, late=late
+        )
+        assert_close(found[0], right)
+        assert torch.equal(found[1].cpu(), total)
+
+
+def test_rms_norm_reads_strided_rows() -> None:
+    """Guards heads that are slices of a merged projection: their rows are not one after the other."""
+    merged = random(1, 3, 100).to(DEVICE)
+    x = merged[..., 10:70].view(1, 3, 4, 15).transpose(1, 2)
+    norm = Norm(random(15, seed=2), 1e-6, 0.0, True)
+    found, _ = triton_norm.rms_norm(x, norm.weight.to(DEVICE), None, eps=1e-6, offset=0.0, late=True)
+    assert_close(found, rms_norm(x.cpu(), norm)[0])
+    with pytest.raises(ValueError, match="rows"):
+        rows_of(merged.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated(activation: Activation, dtype: torch.dtype) -> None:
+    """Guards widths beside the tile's, halves of one tensor, and the rounding between activation and product."""
+    both = 3 * random(1, 3, 2 * 1030, dtype=dtype)
+    gate, up = both.chunk(2, dim=-1)
+    right = gated(gate, up, activation)
+    gate, up = both.to(DEVICE).chunk(2, dim=-1)
+    found = triton_mlp.gated(gate, up, activation)
+    torch.testing.assert_close(found.cpu().float(), right.float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_activations_are_torchs_own() -> None:
+    """Guards the reference: gelu has two forms, and they differ by less than a glance shows."""
+    x = random(50)
+    assert torch.equal(activate(x, "silu"), F.silu(x))
+    assert torch.equal(activate(x, "gelu"), F.gelu(x))
+    assert torch.equal(activate(x, "gelu_tanh"), F.gelu(x, approximate="tanh"))
+
+
+SIZES = [  # q heads, kv heads, head, head of v, pairs
+    (4, 2, 16, 16, 8),
+    (9, 3, 20, 12, 4),
+    (16, 1, 64, 64, 32),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_rotate_and_write(sizes: tuple[int, ...], interleaved: bool, dtype: torch.dtype) -> None:
+    """Guards heads in two blocks, partial rotation, slices of a merged projection, slots nobody writes, and norms."""
+    q_heads, kv_heads, head, head_v, pairs = sizes
+    widths = [q_heads * head, kv_heads * head, kv_heads * head_v]
+    merged = random(5, sum(widths), dtype=dtype)
+    slots = torch.tensor([7, 2, 11, 0, 5])
+    weights = [random(head, dtype=dtype, seed=seed) for seed in (3, 4)]
+    for (offset, late), step in product([(None, False), *NORMS], (1, 2)):
+        rotation = Rotation(pairs, step, interleaved)
+        cos, sin = random(5, pairs * step, dtype=dtype, seed=1), random(5, pairs * step, seed=2)
+        results = []
+        for device, run in (("cpu", rotate_and_write), (DEVICE, triton_rope.rotate_and_write)):
+            q, k, v = merged.to(device).split(widths, dim=-1)
+            q_norm, k_norm = (
+                None if offset is None else Norm(weight.to(device), 1e-5, offset, late) for weight in weights
+            )
+            pools = [torch.zeros(3, 4, kv_heads, size, dtype=dtype, device=device) for size in (head, head_v)]
+            out = run(
+                Unrotated(q.view(5, q_heads, head), q_norm),
+                Unrotated(k.view(5, kv_heads, head), k_norm),
+                v.view(5, kv_heads, head_v),
+                *(cos.to(device), sin.to(device), rotation, slots.to(device), *pools),
+            )
+            results.append((out, *pools))
+        for found, right in zip(results[1], results[0], strict=True):
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(found.cpu().float(), right.float(), rtol=2 * eps, atol=16 * eps)
+        assert torch.equal(results[1][2], results[0][2].to(DEVICE))
