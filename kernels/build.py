@@ -8,6 +8,7 @@ import torch
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
+from ropeway.kernels.fusion import fuse
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.loader import Progress, load_model
 from ropeway.kernels.memory import kv_budget, plan_blocks
@@ -42,6 +43,8 @@ class RunnerInfo:
     kv_cache_bytes: int
     quantization: str | None = None
     """How the weights are quantised; None if they are not."""
+    fusion: str | None = None
+    """What was fused in the model; None where its modules run as they are."""
 
 
 def build_runner(
@@ -88,6 +91,8 @@ def build_runner(
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     choice = choose_layout(loaded.model, loaded.max_model_len, layout)
+    on_gpu = loaded.device.type == "cuda"
+    fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and choice.layout == "packed" else None
     progress("making the KV cache", 0.9)
     num_blocks = plan_blocks(
         kv_budget(loaded.device, gpu_memory_utilization) if kv_cache_bytes is None else kv_cache_bytes,
@@ -116,6 +121,7 @@ def build_runner(
         block_size=block_size,
         kv_cache_bytes=num_blocks * pool.bytes_per_block,
         quantization=loaded.quantization,
+        fusion=None if fusion is None else fusion.sentence(),
     )
 
 
