@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.cpu_linear import pack_linears
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fusion import fuse
@@ -88,6 +89,7 @@ def build_runner(
         max_model_len=max_model_len,
         progress=lambda stage, share: progress(stage, 0.8 * share),
     )
+    pack_linears(loaded.model)
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     choice = choose_layout(loaded.model, loaded.max_model_len, layout)
