@@ -28,7 +28,7 @@ from ropeway.scheduler.messages import (
     WorkerStuck,
 )
 from ropeway.scheduler.process_metrics import ProcessMetrics
-from ropeway.scheduler.processes import EngineContext, receive_control, send_control, socket_address
+from ropeway.scheduler.processes import EngineContext, calm_gc, receive_control, send_control, socket_address
 
 logger = logging.getLogger("ropeway.engine")
 
@@ -75,6 +75,7 @@ class EngineLoop:
         send_control(self._context.control, EngineReady(self._context.generation, self._info))
         for worker in self._context.workers:
             self._open(worker)
+        calm_gc()
         try:
             while self._receive():
                 self._step()
@@ -125,9 +126,9 @@ class EngineLoop:
             for worker, rows in self._engine.step(time.monotonic()).items():
                 self._send(worker, StepOutputs(self._context.generation, rows))
             self._record()
-        if self._busy and not self._engine.has_work:  # the last row ended in this step, or was aborted before it
         else:
             self._preparing = self._engine.runner.idle_work()
+        if self._busy and not self._engine.has_work:  # the last row ended in this step, or was aborted before it
             self._busy = False
             self._metrics.idle()
 
