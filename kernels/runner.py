@@ -1,99 +1,227 @@
 """Runs steps: `launch` puts one on the device, `Flight.read` waits for what it gave. Knows no request.
 
 A flight may be read after the next launch: a row's token that is still unread then goes from one launch to the next
-on the device. `launch` waits for no result; on CUDA its copies of the batch to the device, from pageable memory, still
-wait for what the stream was given before them.
+on the device. `launch` waits for nothing: inputs and results go through pinned memory, all on one stream, in launch
+order:
+
+    joins | inputs | block copies | forward | sampler | results to the host
+
+On a GPU, packed, forward and sampler are replays of CUDA graphs where there is one of about the step's size; else they
+are launched kernel by kernel.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.forward import Forward
+from ropeway.kernels.graphs import Capture, StepGraph, StepGraphs, first_sizes
 from ropeway.kernels.kv_pool import KVPool
-from ropeway.kernels.sampler import Sampled, Sampler
+from ropeway.kernels.loader import Progress
+from ropeway.kernels.sampler import Lines, Sampled, Sampler
+from ropeway.kernels.staging import Columns, Size, Staged, Staging
 from ropeway.kernels.step import StepInput, StepOutput, TokenLogprobs
+from ropeway.kernels.triton_sampler import KINDS, TritonSampler
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
+class _Clock:
+    """When a step began and ended on the device, and when its results were on the host. A CPU has no such events."""
+
+    events: list[torch.cuda.Event]
+
+    @classmethod
+    def on(cls, device: torch.device) -> "_Clock":
+        return cls([torch.cuda.Event(enable_timing=True) for _ in range(3 if device.type == "cuda" else 0)])
+
+    def mark(self, index: int) -> None:
+        """0 = the forward begins, 1 = the sampler has ended, 2 = the results are on the host."""
+        if self.events:
+            self.events[index].record()
+
+    def wait(self) -> None:
+        if self.events:
+            self.events[2].synchronize()
+
+    def idle_since(self, before: "_Clock") -> float:
+        """Seconds between the end of the step before and the beginning of this one, both done."""
+        return max(0.0, before.events[1].elapsed_time(self.events[0]) / 1000) if self.events else 0.0
+
+
+@dataclass(slots=True)
 class Flight:
     """A step on its way."""
 
-    rows: int
-    sampled_rows: list[int]
-    """Rows of the step that sample, in the order of `sampled`."""
-    top_counts: list[int | None]
-    """Per sampled row: most likely tokens to report, 0 = only the chosen one, None = no logprobs."""
-    sampled: Sampled | None
+    samples: np.ndarray
+    """[B] bool: rows that sample."""
+    top_counts: dict[int, int]
+    """Row -> most likely tokens to report, for rows that want logprobs."""
+    results: list[torch.Tensor | None]
+    """On the host once the step is done: ids, whether they are finite, and a `Sampled`'s logprobs."""
     computed_slots: int
+    clock: _Clock
+    before: _Clock | None
+    """Of the step before, if that was unread when this one was launched."""
+    was_read: bool = field(default=False)
 
     def read(self) -> StepOutput:
         """Wait for the step and bring its results to the host."""
-        output = StepOutput([-1] * self.rows, [True] * self.rows, computed_slots=self.computed_slots)
-        if self.sampled is None:
-            return output
-        ids, finite = self.sampled.token_ids.tolist(), self.sampled.finite.tolist()
-        for row, token_id, is_finite in zip(self.sampled_rows, ids, finite, strict=True):
-            output.token_ids[row] = token_id
-            output.finite[row] = is_finite
-        output.logprobs = self._logprobs(self.sampled)
-        return output
+        self.clock.wait()
+        self.was_read = True
+        ids, finite, *_ = (result.numpy()[: len(self.samples)] for result in self.results[:2] if result is not None)
+        return StepOutput(
+            np.where(self.samples, ids, -1).tolist(),
+            (finite | ~self.samples).tolist(),
+            self._logprobs(),
+            computed_slots=self.computed_slots,
+            host_gap_seconds=0.0 if self.before is None else self.clock.idle_since(self.before),
+        )
 
-    def _logprobs(self, sampled: Sampled) -> dict[int, TokenLogprobs]:
-        if sampled.logprobs is None:
-            return {}
-        chosen = sampled.logprobs.tolist()
-        ids = [] if sampled.top_ids is None else sampled.top_ids.tolist()
-        values = [] if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
+    def _logprobs(self) -> dict[int, TokenLogprobs]:
+        chosen, ids, values = ([] if result is None else result.tolist() for result in self.results[2:])
         return {
-            row: TokenLogprobs(chosen[line], list(zip(ids[line], values[line], strict=True))[:count] if count else [])
-            for line, (row, count) in enumerate(zip(self.sampled_rows, self.top_counts, strict=True))
-            if count is not None
+            row: TokenLogprobs(chosen[row], list(zip(ids[row], values[row], strict=True))[:count] if count else [])
+            for row, count in self.top_counts.items()
         }
 
 
 class ModelRunner:
-    """One model, one KV pool, one sampling state; steps run in launch order."""
+    """One model, one KV pool, one sampling state; steps run in launch order.
 
-    def __init__(self, forward: Forward, pool: KVPool, sampler: Sampler, block_size: int, device: torch.device) -> None:
+    Args:
+        forward, pool, sampler: on `device`; the pool's blocks have `block_size` tokens.
+        max_blocks: blocks that a row may have; None = all of the pool's.
+        sizes: of the steps that are captured once `prepare` was called; packed layout and `TritonSampler` only.
+        capture: how.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        pool: KVPool,
+        sampler: Sampler,
+        block_size: int,
+        device: torch.device,
+        *,
+        max_blocks: int | None = None,
+        sizes: list[Size] | None = None,
+        capture: Capture | None = None,
+    ) -> None:
         self._forward = forward
         self._pool = pool
         self._sampler = sampler
-        self._block_size = block_size
         self._device = device
-        self._last_ids = torch.empty(0, dtype=torch.int64, device=device)
-        """[rows of the last step]: the ids it sampled, -1 for rows that did not sample."""
+        width = max_blocks or pool.num_blocks - 1
+        self._staging = Staging(sampler.state, block_size, width, device, max(sizes) if sizes else None)
+        self._longest = width * block_size
+        self._last: Flight | None = None
+        self._logits = torch.empty(0, device=device)
+        self._graphs: StepGraphs | None = None
+        if sizes and capture is not None:
+            rows = max(size.rows for size in sizes)
+            self._logits = torch.empty(rows, sampler.state.vocab_size, device=device)
+            self._capture_launches = capture
+            self._graphs = StepGraphs(sizes, self._capture)
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Flight:
         """Joins, block copies, forward, sampling. `UNREAD` ids are those that the previous launch sampled."""
         self._sampler.state.join(step.joins)
-        batch = LeftPaddedBatch.build(step, self._block_size, self._device)
-        self._pool.copy_blocks(batch.copies)
-        logits = self._forward(self._with_unread(batch))
-        sampled_rows = [index for index, row in enumerate(step.rows) if row.sample]
-        sampled = self._sample(step, sampled_rows, logits) if sampled_rows else None
-        self._last_ids = torch.full((batch.B,), -1, dtype=torch.int64, device=self._device)
-        if sampled is not None:
-            self._last_ids[torch.tensor(sampled_rows, device=self._device)] = sampled.token_ids
-        top_counts = [self._top_count(step.rows[row].state_slot) for row in sampled_rows]
-        return Flight(batch.B, sampled_rows, top_counts, sampled, self._forward.computed_slots(batch))
+        columns = Columns.of(step.rows)
+        graph = self._graphs.find(columns.size) if self._graphs is not None else None
+        staged = self._staging.stage(step, columns, None if graph is None else graph.size)
+        self._pool.copy_blocks(staged.copies)
+        clock = _Clock.on(self._device)
+        clock.mark(0)
+        lines = self._staging.lines(staged.tensors, staged.sample_slots, staged.sample_positions)
+        if graph is None:
+            batch = self._plain_batch(staged)
+            sampled = self._sampler.sample_lines(self._forward(batch), lines)
+            computed_slots = self._forward.computed_slots(batch)
+        else:
+            sampled = self._replay(graph, lines)
+            computed_slots = graph.size.tokens
+        clock.mark(1)
+        results = (sampled.token_ids, sampled.finite, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+        flight = Flight(
+            columns.samples,
+            self._top_counts(staged.sample_slots),
+            [None if result is None else self._to_host(result) for result in results],
+            computed_slots,
+            clock,
+            None if self._last is None or self._last.was_read else self._last.clock,
+        )
+        clock.mark(2)
+        self._last = flight
+        return flight
 
-    def _with_unread(self, batch: LeftPaddedBatch) -> LeftPaddedBatch:
-        """Fill in the ids that only the device knows."""
-        if self._last_ids.shape[0] == 0:
-            return batch
-        known = batch.token_ids
-        last = self._last_ids[batch.prev_row.clamp(min=0).long()]
-        return replace(batch, token_ids=torch.where(batch.prev_row < 0, known, last))
+    def idle_work(self) -> bool:
+        """Capture one more size; False if none is left."""
+        return self._graphs is not None and self._graphs.add_next()
 
-    def _sample(self, step: StepInput, rows: list[int], logits: torch.Tensor) -> Sampled:
-        slots = torch.tensor([step.rows[row].state_slot for row in rows])
-        positions = torch.tensor([step.rows[row].start + len(step.rows[row].token_ids) for row in rows])
-        return self._sampler.sample(logits, slots, positions)
+    def prepare(self, progress: Progress) -> str | None:
+        """Capture the sizes without which a server is slow; all kernels are compiled on the way.
 
-    def _top_count(self, state_slot: int) -> int | None:
-        needs = self._sampler.state.needs[state_slot]
-        assert needs is not None, f"no row joined at slot {state_slot}"
-        return needs.logprobs
+        Returns why there are no graphs, in words that follow "because"; None if there are."""
+        if self._graphs is None:
+            return "they need a GPU and the packed layout"
+        wanted = first_sizes(self._graphs.sizes)
+        for number, size in enumerate(wanted):
+            progress(f"preparing steps of {size.tokens} tokens", number / len(wanted))
+            self._graphs.add(size)
+        return None if self._graphs.captured else self._graphs.refusal
+
+    def _plain_batch(self, staged: Staged) -> LeftPaddedBatch:
+        counts = staged.columns.counts
+        query_lens, context_lens = tuple(counts.tolist()), tuple((staged.columns.starts + counts).tolist())
+        return self._staging.batch(staged.tensors, query_lens, context_lens)
+
+    def _top_counts(self, sample_slots: np.ndarray) -> dict[int, int]:
+        state, counts = self._sampler.state, {}
+        for row in np.flatnonzero(state.wants_logprobs[sample_slots]).tolist():
+            needs = state.needs[sample_slots[row]]
+            assert needs is not None and needs.logprobs is not None
+            counts[row] = needs.logprobs
+        return counts
+
+    def _to_host(self, result: torch.Tensor) -> torch.Tensor:
+        """A copy in memory that a GPU can write to while nobody waits."""
+        host = torch.empty_like(result, device="cpu", pin_memory=self._device.type == "cuda")
+        return host.copy_(result, non_blocking=True)
+
+    def _replay(self, graph: StepGraph, lines: Lines) -> Sampled:
+        """Forward and sampler; lines that no captured kind covers are sampled plainly."""
+        assert isinstance(self._sampler, TritonSampler)
+        graph.forward()
+        logits = self._logits[: graph.size.rows]
+        sampler = graph.samplers.get(self._sampler.kind(lines))
+        if sampler is None:
+            return self._sampler.sample_lines(logits, lines)
+        sampler()
+        return self._sampler.report(logits, lines)
+
+    @torch.inference_mode()
+    def _capture(self, size: Size) -> StepGraph:
+        """Both halves of a step of this size, captured while it holds nothing but pads."""
+        sampler = self._sampler
+        assert isinstance(sampler, TritonSampler)
+        unread = self._staging.last_ids.clone()
+        columns = Columns.of([])
+        staged = self._staging.stage(StepInput([]), columns, size)
+        lines = self._staging.lines(staged.tensors, staged.sample_slots, staged.sample_positions)
+        logits = self._logits[: size.rows]
+        query_lens = (size.tokens - size.rows + 1,) + (1,) * (size.rows - 1)
+
+        def forward() -> None:
+            batch = self._staging.batch(staged.tensors, query_lens, (self._longest,) * size.rows)
+            logits.copy_(self._forward(batch))
+
+        graph = StepGraph(
+            size,
+            self._capture_launches(forward),
+            {kind: self._capture_launches(lambda kind=kind: sampler.launch(logits, lines, kind)) for kind in KINDS[:2]},
+        )
+        self._staging.last_ids.copy_(unread)
+        return graph

@@ -38,7 +38,8 @@ class RowInput:
     start: int
     """Position of the first of them = tokens of the row already in the cache."""
     block_table: list[int]
-    """KV blocks that cover [0, start + len(token_ids)); 0 where a block was freed because no layer sees it any more."""
+    """KV blocks that cover [0, start + len(token_ids)); 0 where a block was freed because no layer sees it any more.
+    From the step in which the row joins until it leaves, the table only grows."""
     prev_row: int = -1
     """Row of the previous step whose sampled id is the `UNREAD` token; -1 if there is none."""
     sample: bool = True
@@ -77,3 +78,6 @@ class StepOutput:
     """Row number -> logprobs, for rows that asked."""
     computed_slots: int = 0
     """Token places the forward computed, pads and bucket rounding included: padding_ratio = 1 - real / computed."""
+    host_gap_seconds: float = 0.0
+    """How long the device stood idle between the end of the step before and the start of this one; 0 if that step had
+    been read before this one was launched."""

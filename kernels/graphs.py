@@ -1,0 +1,176 @@
+"""CUDA graphs of whole steps: which sizes there are, which are captured, and how one is captured and replayed.
+
+A step of a captured size is two launches: the forward's graph and the sampler's. Both read and write memory at fixed
+addresses only (`Staging`'s static tensors, the logits' buffer). Knows sizes and launches, no model and no row.
+
+    decode   tokens == rows: every row computes one token
+    mixed    chunks and decode rows together, up to `LARGEST_MIXED` tokens
+
+All graphs share one memory pool, the largest captured first: only one runs at a time, and what one leaves there the
+next may overwrite.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ropeway.kernels.staging import Size
+
+logger = logging.getLogger("ropeway.engine")
+
+LARGEST_MIXED = 2048
+"""Tokens. Larger steps take the device longer than Python takes to launch their kernels."""
+WASTE = 2
+"""A step takes the next larger captured size if that is at most so many times as large as the one it should have."""
+PATIENCE = 16
+"""Steps that do without a size before it is captured between two steps."""
+
+Launches = Callable[[], None]
+
+
+class Uncapturable(Exception):
+    """The model's code does something that a graph cannot hold; the message is the library's."""
+
+
+class Capture(Protocol):
+    """Makes launches repeatable."""
+
+    def __call__(self, launches: Launches) -> Launches:
+        """Runs `launches` once as they are, then captures them; returns what replays them. Raises Uncapturable."""
+
+
+class CudaCapture:
+    """Captures into CUDA graphs that share a memory pool.
+
+    What waits for the device cannot be captured, and a capture that fails in its middle leaves torch's allocator in a
+    state that may end the process later (fixed in torch 2.12). So the first, plain run already refuses to wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, launches: Launches) -> Launches:
+        torch.cuda.synchronize(self._stream.device)
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launches()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise Uncapturable(str(error)) from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.synchronize(self._stream.device)
+        graph = torch.cuda.CUDAGraph()
+        # Not `torch.cuda.graph`, which gives all cached memory back to the device before every capture.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                launches()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize(self._stream.device)
+        return graph.replay  # type: ignore[no-any-return]
+
+
+@dataclass(slots=True, frozen=True)
+class StepGraph:
+    """One size, captured."""
+
+    size: Size
+    forward: Launches
+    samplers: dict[str, Launches]
+    """By kind of batch."""
+
+
+class StepGraphs:
+    """The captured sizes, and those that will be.
+
+    Args:
+        sizes: all there may be.
+        capture: captures one size.
+    """
+
+    def __init__(self, sizes: Sequence[Size], capture: Callable[[Size], StepGraph]) -> None:
+        self.sizes = list(sizes)
+        self.captured: dict[Size, StepGraph] = {}
+        self.refusal: str | None = None
+        """Why there are no more of them, if a capture has failed: the library's words."""
+        self._capture = capture
+        self._missed: Counter[Size] = Counter()
+
+    def find(self, size: Size) -> StepGraph | None:
+        """The graph that a step of this size should take; None = none, it runs plainly."""
+        wanted = self._fitting(size, self.sizes)
+        if wanted is None:
+            return None
+        if wanted not in self.captured:
+            self._missed[wanted] += 1
+            if self._missed[wanted] == PATIENCE:
+                self.add(wanted)
+        instead = self._fitting(size, self.captured)
+        return None if instead is None or instead.tokens > WASTE * wanted.tokens else self.captured[instead]
+
+    def add(self, size: Size) -> None:
+        """Capture this size, if it is not yet. If that fails, what is captured is all there will be."""
+        if size in self.captured or size not in self.sizes:
+            return
+        try:
+            self.captured[size] = self._capture(size)
+        except (Uncapturable, torch.OutOfMemoryError) as error:
+            self.refusal = str(error).strip().splitlines()[0]
+            self.sizes = list(self.captured)
+            logger.warning("no CUDA graphs but for %d sizes: %s", len(self.sizes), self.refusal)
+
+    def add_next(self) -> bool:
+        """Capture the largest size that is missing; False if none is."""
+        missing = [size for size in self.sizes if size not in self.captured]
+        if missing:
+            self.add(max(missing))
+        return bool(missing)
+
+    @staticmethod
+    def _fitting(size: Size, among: Iterable[Size]) -> Size | None:
+        """The smallest size with room for these tokens and rows, and for a row of pads if it has tokens to spare."""
+        decode = size.tokens == size.rows
+
+        def fits(other: Size) -> bool:
+            spare_rows, spare_tokens = other.rows - size.rows, other.tokens - size.tokens
+            if decode:
+                return other.tokens == other.rows and spare_rows >= 0
+            return other.tokens > other.rows and spare_tokens >= 0 and spare_rows >= (spare_tokens > 0)
+
+        return min(filter(fits, among), default=None)
+
+
+def decode_sizes(max_rows: int) -> list[Size]:
+    """1, 2, 4, 8, then ever wider steps, up to max_rows."""
+    counts, rows = [], 1
+    while rows < max_rows:
+        counts.append(rows)
+        rows += rows if rows < 8 else 8 if rows < 64 else 16 if rows < 256 else 64
+    return [Size(rows, rows) for rows in [*counts, max_rows]]
+
+
+def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
+    """128 tokens and more in steps of at most a half, each for few, some and all rows.
+
+    With all of max_rows there is one row more, for the pads."""
+    counts, tokens = [], 128
+    while tokens <= LARGEST_MIXED and (not counts or counts[-1] < max_tokens):
+        counts.append(tokens)
+        tokens += max(64, 1 << (tokens.bit_length() - 3))
+    rows = [count for count in (16, 64) if count <= max_rows] + [max_rows + 1]
+    return [Size(tokens, count) for tokens in counts for count in rows if count < tokens]
+
+
+def first_sizes(sizes: Sequence[Size]) -> list[Size]:
+    """Those without which a server is slow: every power of two, the largest first."""
+    first = [size for size in sizes if size.tokens & (size.tokens - 1) == 0]
+    return sorted({*first, max(size for size in sizes if size.tokens == size.rows)}, reverse=True)
