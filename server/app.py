@@ -20,9 +20,10 @@ from ropeway import __version__
 from ropeway.server import health, metrics, models, tokenize
 from ropeway.server.auth import Auth
 from ropeway.server.errors import ApiError
+from ropeway.server.json_route import JsonRoute
 from ropeway.server.keys import KeyRing
 from ropeway.server.middleware import BodyLimit, Envelope, error_response
-from ropeway.server.protocols import chat, completions
+from ropeway.server.protocols import chat, completions, load_model, tgi
 from ropeway.server.services import Services
 
 LONGEST_PARAM = 200
@@ -42,7 +43,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             HTTPException: on_http_exception,
         },
     )
-    for module in (chat, completions, models, tokenize, health, metrics):
+    for module in (chat, completions, tgi, load_model, models, tokenize, health, metrics):
         app.include_router(module.create_router(services))
     app.add_middleware(BodyLimit)  # the last one added is the outermost
     if keys:
@@ -62,7 +63,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
 async def on_api_error(request: Request, error: Exception) -> Response:
     """Our own errors."""
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return shaped(request, error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -76,7 +77,13 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """A body or parameter of the wrong type: 400, not 422; names the field, never repeats its value."""
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors()))
+    return shaped(request, validation_error(error.errors()))
+
+
+def shaped(request: Request, error: ApiError) -> Response:
+    """An error in the shape of the route's protocol."""
+    route = request.scope.get("route")
+    return error_response(error, route.error_body(error) if isinstance(route, JsonRoute) else None)
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:

@@ -12,6 +12,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from ropeway.server.errors import ApiError
+
 
 class JsonRequest(Request):
     """A request whose `json()` refuses NaN, Infinity, lone surrogates, deep nesting and endless integers."""
@@ -27,7 +29,11 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that hands its endpoint a `JsonRequest`."""
+    """A route that hands its endpoint a `JsonRequest`, and knows what its protocol's errors look like."""
+
+    def error_body(self, error: ApiError) -> Any:
+        """The JSON document of an error; OpenAI's shape, unless a protocol has its own."""
+        return error.body()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, with the request's class changed."""

@@ -31,9 +31,9 @@ _access = logging.getLogger("ropeway.access")
 _log = logging.getLogger("ropeway.server")
 
 
-def error_response(error: ApiError) -> Response:
-    """The one JSON shape. Plain ASCII, so that no text of a client's can make it fail."""
-    return Response(json.dumps(error.body()), error.status, error.headers, "application/json")
+def error_response(error: ApiError, body: Any = None) -> Response:
+    """The one JSON shape, or a protocol's own. Plain ASCII, so that no text of a client's can make it fail."""
+    return Response(json.dumps(body or error.body()), error.status, error.headers, "application/json")
 
 
 def route_template(scope: Scope) -> str:

@@ -90,10 +90,10 @@ class Presets:
         lengths = [_pop_lengths(layer) for layer in self._layers]
         self._lengths = next(filter(None, lengths), {})
 
-    def completion_tokens(self, prompt_tokens: int) -> int:
-        """Output tokens of a completion that does not say how many it wants."""
-        fields = SamplingFields(**self._lengths)
-        return max(fields.most_tokens(prompt_tokens) or COMPLETION_TOKENS, 1)
+    def completion_tokens(self, prompt_tokens: int, default: int = COMPLETION_TOKENS) -> int:
+        """Output tokens of a completion that does not say how many it wants; `default` if no file does either."""
+        asked = SamplingFields(**self._lengths).most_tokens(prompt_tokens)
+        return default if asked is None else max(asked, 1)
 
     def fill(self, fields: AnyFields, *, samples: bool = True, strict: bool = False) -> AnyFields:
         """The fields with everything that they left open, as far as some layer says it.

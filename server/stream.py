@@ -61,14 +61,26 @@ def event(document: Any) -> bytes:
     return b"data: " + json_bytes(document) + b"\n\n"
 
 
+def error_event(error: ApiError) -> bytes:
+    """How OpenAI's streams end in an error."""
+    return event(error.body()) + DONE
+
+
 class EventStream(Response):
     """`EventStream(generation, frames, headers)`: return it from an endpoint like a response.
 
     Headers are held until the first token or the first keep-alive; until then an ApiError is raised to the
-    application's handler and has its own status, afterwards it is an error event, then `[DONE]`.
+    application's handler and has its own status, afterwards it is `on_error(error)`, an error event of the protocol.
     """
 
-    def __init__(self, generation: Generation, frames: Frames, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        frames: Frames,
+        headers: dict[str, str] | None = None,
+        on_error: Callable[[ApiError], bytes] = error_event,
+    ) -> None:
+        self._on_error = on_error
         self._generation = generation
         self._frames = frames
         self.status_code = 200
@@ -100,13 +112,13 @@ class EventStream(Response):
         except ApiError as error:
             if not self._started:
                 raise
-            await self._write(send, event(error.body()) + DONE, last=True)
+            await self._write(send, self._on_error(error), last=True)
         except ClientLeft:  # nobody is there to read an error event
             raise
         except Exception:
             if self._started:
                 failure = engine_failure("The server failed on this request.")
-                await self._write(send, event(failure.body()) + DONE, last=True)
+                await self._write(send, self._on_error(failure), last=True)
             raise
         finally:
             beat.cancel()

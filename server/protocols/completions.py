@@ -11,7 +11,7 @@ from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.prompt_hints import prompt_hints
 from ropeway.server.protocols.openai import Chunks, Head, end_fields
-from ropeway.server.protocols.shared import answer_headers, check_could_fit, generation_request, read_fields
+from ropeway.server.protocols.shared import answer_headers, encode_prompt, generation_request, read_fields
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
@@ -88,15 +88,6 @@ def create_router(services: Services) -> APIRouter:
         return answer(services, fields, plans, generation, list(dict.fromkeys(chain.from_iterable(hints))))
 
     return router
-
-
-async def encode_prompt(services: Services, prompt: Prompt, fields: CompletionFields) -> list[int]:
-    """Token ids of one prompt. Raises: ApiError 400 for one that is far too long."""
-    if isinstance(prompt, list):
-        return prompt
-    if fields.truncate_prompt_tokens is None:
-        check_could_fit(services, len(prompt), "prompt")
-    return await services.tokenizer.encode([prompt], add_special_tokens=True)
 
 
 def answer(

@@ -4,13 +4,15 @@ Knows fields and the services; no protocol's shape, no engine, no sockets.
 """
 
 import time
+from collections.abc import Coroutine
 from typing import Any, Literal
 
 from fastapi import Request
 
 from ropeway.scheduler.messages import ModelInfo
-from ropeway.server.errors import invalid
-from ropeway.server.presets import AnyFields
+from ropeway.server.errors import ApiError, invalid
+from ropeway.server.generator import Generation
+from ropeway.server.presets import COMPLETION_TOKENS, AnyFields
 from ropeway.server.request import GenerationRequest
 from ropeway.server.sampling import check_ids, context_error, output_limit, sampling_params
 from ropeway.server.sampling_fields import SamplingFields, names_header
@@ -50,6 +52,17 @@ def check_could_fit(services: Services, characters: int, param: str) -> None:
         raise context_error(least, 1, context, param, at_least=True)
 
 
+async def encode_prompt(
+    services: Services, prompt: str | list[int], fields: SamplingFields, param: str = "prompt"
+) -> list[int]:
+    """Token ids of a text that no template makes. Raises: ApiError 400 for one that is far too long."""
+    if isinstance(prompt, list):
+        return prompt
+    if fields.truncate_prompt_tokens is None:
+        check_could_fit(services, len(prompt), param)
+    return await services.tokenizer.encode([prompt], add_special_tokens=True)
+
+
 def generation_request(
     services: Services,
     request: Request,
@@ -57,29 +70,33 @@ def generation_request(
     prompt_ids: list[int],
     *,
     logprobs: int | None,
-    default_tokens: Literal["rest", "short"],
+    default_tokens: Literal["rest", "short"] | int,
+    param: str = "",
     first_index: int = 0,
 ) -> GenerationRequest:
     """One prompt of a request, checked against the model.
 
     Args:
         logprobs: top logprobs per token, None for none.
-        default_tokens: without max_tokens: the rest of the context, or generation_config's max_new_tokens, else 16.
+        default_tokens: without max_tokens: the rest of the context; or generation_config's max_new_tokens, else 16
+            (short) or so many.
+        param: the field that holds the prompt; messages or prompt unless given.
         first_index: of the prompt's choices; choice i of the answer uses seed + i.
 
     Raises: ApiError 400.
     """
     info, tokenizer = services.require_loaded(), services.tokenizer
-    field = "prompt" if default_tokens == "short" else "messages"
+    field = param or ("prompt" if default_tokens == "short" else "messages")
     if not prompt_ids:  # a model has nothing to continue
         raise invalid(f"{field} must not be empty: this prompt has no tokens.", field)
     check_ids(prompt_ids, info.vocab_size, field)
     context = context_length(info)
     prompt_ids = truncated(prompt_ids, fields, context)
     if logprobs is not None and logprobs > services.settings.max_logprobs:
-        param = "top_logprobs" if default_tokens == "rest" else "logprobs"
+        param = {"messages": "top_logprobs", "inputs": "top_n_tokens"}.get(field, "logprobs")
         raise invalid(f"{param} must be an integer from 0 to {services.settings.max_logprobs}.", param)
-    default = services.presets.completion_tokens(len(prompt_ids)) if default_tokens == "short" else None
+    short = COMPLETION_TOKENS if default_tokens == "short" else default_tokens
+    default = None if short == "rest" else services.presets.completion_tokens(len(prompt_ids), int(short))
     limit = output_limit(fields, len(prompt_ids), context, default, field)
     sampling = sampling_params(
         fields,
@@ -104,6 +121,37 @@ def generation_request(
         priority=fields.priority or 0,
         deadline=deadline(request, services.settings.request_timeout),
     )
+
+
+async def start(
+    services: Services,
+    request: Request,
+    fields: SamplingFields,
+    encoding: Coroutine[Any, Any, list[int]],
+    *,
+    logprobs: int | None,
+    default_tokens: Literal["rest", "short"] | int,
+    param: str,
+) -> tuple[GenerationRequest, Generation]:
+    """Admits a request of one prompt and submits it; `encoding` gives the prompt's ids, the rest is as above.
+
+    Raises: ApiError 400; 503 when the queue is full or the engine takes nothing.
+    """
+    try:
+        record = services.begin(request.scope, fields.choices)
+    except BaseException:
+        encoding.close()
+        raise
+    try:
+        ids = await encoding
+        record.settle(len(ids))
+        plan = generation_request(
+            services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
+        )
+        return plan, services.generator.start([plan], record)
+    except BaseException as error:
+        record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
+        raise
 
 
 def truncated(prompt_ids: list[int], fields: SamplingFields, context: int) -> list[int]:
