@@ -7,7 +7,8 @@ here because importing it costs an API worker a second and the whole of transfor
 import json
 import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +20,12 @@ from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError, invalid
 
+RENDER_SECONDS = 10.0
+"""A template that takes longer is given up at its next round of a loop; a thousand messages take milliseconds."""
+LONGEST_PROMPT = 2**26
+"""Characters of a rendered prompt; two bodies of the largest size."""
+WINDOW = 4096
+"""Characters that are searched for special tokens at a time: a search never lets other threads run."""
 TRUSTED_ROLES = ("system", "developer", "assistant")
 """Every other role's text may come from anybody: special tokens spelled out in it stay text."""
 
@@ -60,6 +67,42 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+class _TooMuch(Exception):
+    """The template does not come to an end; the message says within what."""
+
+
+class _Budget:
+    """What one rendering may take. The template calls it at every round of a loop and every call of a macro."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + RENDER_SECONDS
+
+    def __call__(self) -> str:
+        """Raises: _TooMuch when the time is over."""
+        if time.monotonic() > self._end:
+            raise _TooMuch(f"within {RENDER_SECONDS:g} s")
+        return ""
+
+    def join(self, pieces: Iterator[str]) -> str:
+        """The rendered text. Raises: _TooMuch if it is too long."""
+        kept, length = [], 0
+        for piece in pieces:
+            kept.append(piece)
+            length += len(piece)
+            if length > LONGEST_PROMPT:
+                raise _TooMuch(f"within {LONGEST_PROMPT} characters")
+        return "".join(kept)
+
+
+def _bounded(environment: ImmutableSandboxedEnvironment, source: str) -> nodes.Template:
+    """The template with a call of its budget in every body that may run more than once. Raises: TemplateSyntaxError."""
+    tree = environment.parse(source)
+    for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        call = nodes.Call(nodes.Name("_budget", "load"), [], [], None, None)
+        node.body.insert(0, nodes.Output([call]).set_lineno(node.lineno))
+    return tree
+
+
 class ChatTemplate:
     """One model's template.
 
@@ -71,19 +114,22 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, Any], special_texts: Sequence[str] = ()) -> None:
         self._special_tokens = special_tokens
-        spelled = sorted((re.escape(text) for text in special_texts if len(text) > 1), key=len, reverse=True)
-        self._special = re.compile(f"(?=(?:{'|'.join(spelled)}))(.)", re.DOTALL) if spelled else None
+        self._special = _first_characters([text for text in special_texts if len(text) > 1])
+        self._longest_special = max(map(len, special_texts), default=0)
         self._knows_developer = "developer" in source
         environment = _environment()
         self._template: Template | None = None
-        self._broken = ""
+        self.broken = ""
+        """Why it is no template; "" if it is one."""
         self.renders_tools = False
         """Whether tools in a request make any difference."""
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(_bounded(environment, source))
             self.renders_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except TemplateSyntaxError as error:
-            self._broken = f"line {error.lineno}: {error.message}"
+            self.broken = f"line {error.lineno}: {error.message}"
+        except Exception as error:  # an unknown filter or test, nesting until the stack ends: jinja2 has many
+            self.broken = " ".join(str(error).split()) or type(error).__name__
 
     def render(
         self,
@@ -101,7 +147,7 @@ class ChatTemplate:
         Raises: ApiError 400 with the template's own message.
         """
         if self._template is None:
-            raise invalid(f"The model's chat template is broken ({self._broken}).", "messages")
+            raise invalid(f"The model's chat template is broken ({self.broken}).", "messages")
         prepared = prepare_messages(messages, self._knows_developer)
         cut, end = secrets.token_hex(12), secrets.token_hex(12)
         guarded = self._guard(prepared, cut)
@@ -109,13 +155,18 @@ class ChatTemplate:
             final = prepared[-1] = dict(prepared[-1])
             final["content"] += end + " "
         try:
-            text = self._template.render(
+            budget = _Budget()
+            pieces = self._template.generate(
                 messages=prepared,
                 tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
+                _budget=budget,
                 **self._special_tokens,
             )
+            text = budget.join(pieces)
+        except _TooMuch as error:
+            raise invalid(f"The chat template does not come to an end {error} on these messages.", "messages") from None
         except TemplateError as error:
             reason = " ".join(str(error.message).split()).rstrip(".")
             raise invalid(f"The chat template refused the messages: {reason}.", "messages") from None
@@ -136,9 +187,31 @@ class ChatTemplate:
         found = 0
         for message in messages:
             if message["role"] not in TRUSTED_ROLES:
-                message["content"], count = self._special.subn(rf"\g<1>{cut}", message["content"])
+                message["content"], count = self._cut(self._special, message["content"], cut)
                 found += count
         return found > 0
+
+    def _cut(self, special: re.Pattern[str], text: str, cut: str) -> tuple[str, int]:
+        """The text with its cuts, and their number; window by window, each seeing as far as a special token reaches."""
+        parts, done = [], 0
+        for start in range(0, len(text), WINDOW):
+            end = start + WINDOW
+            for match in special.finditer(text, start, end + self._longest_special):
+                if match.start() >= end:
+                    break
+                parts.append(text[done : match.end()])
+                done = match.end()
+        return (cut.join([*parts, text[done:]]), len(parts)) if parts else (text, 0)
+
+
+def _first_characters(special_texts: list[str]) -> re.Pattern[str] | None:
+    """Finds the first character of every special text; None if there is none."""
+    rests: dict[str, list[str]] = {}
+    for text in sorted(special_texts, key=len, reverse=True):
+        rests.setdefault(text[0], []).append(re.escape(text[1:]))
+    # One branch per first character: the search then skips whatever is none of them.
+    branches = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+    return re.compile("|".join(branches)) if branches else None
 
 
 def missing_template() -> ApiError:

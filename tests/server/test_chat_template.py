@@ -1,5 +1,7 @@
 """Templates against transformers, and everything a client may put into messages."""
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ropeway.server import chat_template
 from ropeway.server.chat_template import ChatTemplate, prepare_messages
 from ropeway.server.errors import ApiError
 from ropeway.server.tokenizer import TextTokenizer
@@ -130,6 +133,74 @@ def test_special_tokens_of_users_stay_text() -> None:
         assert attack in tokenizer.decode(ids, skip_special_tokens=False) == "".join(pieces)
     trusted = tokenizer.chat_template.render([{"role": "system", "content": attack}])
     assert len(trusted) == 1
+
+
+def test_special_tokens_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the search in windows: a special token across their border, at the start, at the end, overlapping."""
+    monkeypatch.setattr(chat_template, "WINDOW", 8)
+    template = ChatTemplate("{{ messages[0].content }}", {}, ["<|im_end|>", "<|", "</s>", "|>"])
+    for before in range(20):
+        text = "x" * before + "<|im_end|></s><<|" + "y" * (20 - before)
+        pieces = template.render([{"role": "user", "content": text}])
+        assert "".join(pieces) == text
+        assert [piece[-1] for piece in pieces[:-1]] == ["<", "|", "<", "<"]
+        assert not any(special in piece for piece in pieces for special in ("<|", "|>", "</s>"))
+
+
+def test_megabytes_of_user_text_leave_time_for_others() -> None:
+    """Guards the event loop: a search over the whole text in one call kept every other thread waiting."""
+    template = ChatTemplate("{{ messages[0].content }}", {}, [f"<|reserved_{number}|>" for number in range(1000)])
+    gaps, done = [], threading.Event()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not done.wait(0.001):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    text = "<|reserved_" * 100_000
+    assert template.render([{"role": "user", "content": text}]) == [text]
+    done.set()
+    watcher.join()
+    assert len(gaps) > 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = a * b %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% for a in range(9) %}{{ f(n + 1) if n < 50 }}{% endfor %}{% endmacro %}{{ f(0) }}",
+        "{% for a in range(90000) recursive %}{{ loop([1] * 9) if loop.depth < 50 }}{% endfor %}",
+    ],
+)
+def test_runaway_templates_are_given_up(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a worker's threads: loops that never end, with and without output, end with a sentence."""
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.1)
+    begin = time.monotonic()
+    with pytest.raises(ApiError, match=r"does not come to an end within 0\.1 s"):
+        ours(source).render([USER])
+    assert time.monotonic() - begin < 5
+
+
+def test_endless_output_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the memory: what a template writes is bounded, like what it is given."""
+    monkeypatch.setattr(chat_template, "LONGEST_PROMPT", 10**5)
+    with pytest.raises(ApiError, match="within 100000 characters"):
+        ours("{% for a in range(90000) %}{{ messages[0].content }}{% endfor %}").render([USER])
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if x %}", "{{ x | no_such_filter }}", "{{ x is no_such_test }}", "(" * 5 + "{{ " + "(" * 9000]
+)
+def test_broken_templates_say_why(source: str) -> None:
+    """Guards models whose template is broken: chat gets a 400 that says so, whatever jinja2 raises."""
+    template = ours(source)
+    assert template.broken
+    with pytest.raises(ApiError, match="chat template is broken"):
+        template.render([USER])
 
 
 def test_developer_becomes_system_where_the_template_lacks_it() -> None:
