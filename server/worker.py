@@ -77,12 +77,15 @@ async def serve(context: WorkerContext) -> None:
     if context.line > 0 or table.total(Column.LOADED):
         await asyncio.wait({loading, draining}, return_when=asyncio.FIRST_COMPLETED)
     serving = asyncio.create_task(server.serve(sockets=[context.listener]))
-    await asyncio.wait({serving, draining}, return_when=asyncio.FIRST_COMPLETED)
+    ending = asyncio.create_task(end(loading, draining))
+    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
     await client.close()
-    for task in (watching, loading, draining):
+    for task in (watching, loading, draining, ending):
         task.cancel()
+    if loading.done() and not loading.cancelled() and (error := loading.exception()):
+        sys.exit(f"ropeway: An API worker cannot read the model's tokenizer, chat template or presets: {error}.")
 
 
 class Server(uvicorn.Server):
@@ -124,6 +127,13 @@ async def load(services: Services, table: AdmissionTable, line: int) -> None:
     with contextlib.suppress(EngineFailed):
         await services.load(await services.client.wait_ready())
         table.add(line, Column.LOADED, 1)
+
+
+async def end(loading: asyncio.Task[None], draining: asyncio.Task[None]) -> None:
+    """Returns when this worker may go, or when it failed to load: it would answer "loading" for ever."""
+    await asyncio.wait({loading, draining}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done() and loading.exception() is None:
+        await draining
 
 
 async def drain(services: Services) -> None:

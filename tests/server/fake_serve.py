@@ -2,7 +2,7 @@
 
     python fake_serve.py GO serve --port 0 ...
 
-The engine loads until the file GO exists. Prompts are words of the tiny tokenizer; a step takes 5 ms.
+The engine loads until the file GO exists; with a file BROKEN it writes a tokenizer that cannot be read. Prompts are words of the tiny tokenizer; a step takes 5 ms.
 """
 
 import functools
@@ -39,6 +39,9 @@ def load(config: EngineConfig, text_dir: str, progress: Progress) -> Loaded:
     while not Path(config.model, "GO").exists():
         time.sleep(0.01)
     Path(text_dir).mkdir()
+    write_text_dir(Path(text_dir))
+    if Path(config.model, "BROKEN").exists():
+        Path(text_dir, "tokenizer.json").write_text("{}")
     info = ModelInfo(
         model=config.model,
         architecture="FakeForCausalLM",
@@ -55,7 +58,7 @@ def load(config: EngineConfig, text_dir: str, progress: Progress) -> Loaded:
         block_size=BLOCK_SIZE,
         kv_cache_bytes=1,
         weight_bytes=1,
-        text_dir=str(write_text_dir(Path(text_dir))),
+        text_dir=text_dir,
         step_timeout=30.0,
     )
     return Loaded(SlowRunner(NUM_BLOCKS, BLOCK_SIZE), info, 0)

@@ -123,6 +123,16 @@ def test_never_loads_torch(start: Callable[..., Started]) -> None:
     assert not [area.path for area in worker.memory_maps() if "torch" in area.path]
 
 
+def test_text_that_cannot_be_read(start: Callable[..., Started]) -> None:
+    """Guards against a server that says "loading" for ever: it ends, and a sentence says why."""
+    server = start()
+    (server.folder / "BROKEN").touch()
+    (server.folder / "GO").touch()
+    assert server.process.wait(LIMIT_S) == 1
+    assert "cannot read the model's tokenizer, chat template or presets: " in server.output()
+    assert "Traceback" not in server.output()
+
+
 def read_stream(server: Started, lines: list[str], begun: Callable[[], None]) -> None:
     """Reads a whole stream; says when its first token came."""
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=LIMIT_S) as stream:
