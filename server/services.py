@@ -17,6 +17,8 @@ from ropeway.server.settings import Settings
 from ropeway.server.tokenizer import TextTokenizer
 
 UNREADY_RETRY_S = 5
+NO_NAMES = ("tgi", "dummy")
+"""What Hugging Face's clients call the model of a server that has only one; "" names none either."""
 
 
 @dataclass(slots=True)
@@ -91,8 +93,8 @@ class Services:
         return info
 
     def check_model(self, name: str | None) -> None:
-        """Raises: ApiError 404 `model_not_found` if a request names a model that is not served here ("" names none)."""
-        if name and name not in self.settings.served_names:
+        """Raises: ApiError 404 `model_not_found` if a request names a model that is not served here."""
+        if name and name not in (*NO_NAMES, *self.settings.served_names):
             shown = name if len(name) <= 100 else name[:100] + "..."
             message = f"The model {shown!r} does not exist; this server has {', '.join(self.settings.served_names)}."
             raise ApiError(404, message, code="model_not_found", param="model")
