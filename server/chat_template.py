@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError, invalid
+from ropeway.server.tool_formats import recognise_reasoning, recognise_tools
 
 RENDER_SECONDS = 10.0
 """A template that takes longer is given up at its next round of a loop; a thousand messages take milliseconds."""
@@ -121,15 +122,24 @@ class ChatTemplate:
         self._template: Template | None = None
         self.broken = ""
         """Why it is no template; "" if it is one."""
-        self.renders_tools = False
-        """Whether tools in a request make any difference."""
+        self.variables: frozenset[str] = frozenset()
+        """What makes a difference when it is given."""
+        self.tool_format = recognise_tools(source)
+        """How the model writes calls; None if that is unknown."""
+        self.reasoning_format = recognise_reasoning(source)
+        """How the model writes thoughts; None if it has none, or in an unknown way."""
         try:
             self._template = environment.from_string(_bounded(environment, source))
-            self.renders_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except TemplateSyntaxError as error:
             self.broken = f"line {error.lineno}: {error.message}"
         except Exception as error:  # an unknown filter or test, nesting until the stack ends: jinja2 has many
             self.broken = " ".join(str(error).split()) or type(error).__name__
+
+    @property
+    def renders_tools(self) -> bool:
+        """Whether tools in a request make any difference."""
+        return "tools" in self.variables
 
     def render(
         self,
@@ -138,11 +148,15 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[str]:
         """The prompt, in pieces to be tokenized one by one: nearly always a single one.
 
         Where a user's or a tool's text spells a special token, the prompt is cut inside of that text, so that no
         piece holds the special token and it is tokenized as ordinary text.
+
+        Args:
+            variables: whatever else the template knows, such as `enable_thinking`.
 
         Raises: ApiError 400 with the template's own message.
         """
@@ -159,10 +173,8 @@ class ChatTemplate:
             pieces = self._template.generate(
                 messages=prepared,
                 tools=tools,
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                _budget=budget,
-                **self._special_tokens,
+                **({"documents": None} | self._special_tokens | dict(variables or {}) | {"_budget": budget}),
             )
             text = budget.join(pieces)
         except _TooMuch as error:
@@ -241,8 +253,9 @@ def _prepare(message: Any, where: str, knows_developer: bool) -> dict[str, Any]:
     if role == "developer" and not knows_developer:
         prepared["role"] = "system"
     prepared["content"] = _flatten(prepared.get("content"), role, f"{where}.content")
-    if "reasoning" in prepared:
-        prepared.setdefault("reasoning_content", prepared["reasoning"])
+    for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+        if name in prepared:
+            prepared.setdefault(other, prepared[name])
     if "tool_calls" in prepared:
         prepared["tool_calls"] = _prepare_calls(prepared["tool_calls"], f"{where}.tool_calls")
     return prepared
@@ -269,7 +282,7 @@ def _flatten(content: Any, role: str, where: str) -> str:
 
 
 def _prepare_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments parsed; what is no JSON (a model wrote it) stays text."""
+    """Tool calls with their arguments parsed; none are {}, and what is no JSON (a model wrote it) stays text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise invalid(f"{where} must be a list of tool calls.", where)
     prepared = []
@@ -282,6 +295,8 @@ def _prepare_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _parsed(arguments: str) -> Any:
+    if not arguments.strip():
+        return {}
     try:
         return from_json(arguments, allow_inf_nan=False)
     except ValueError:

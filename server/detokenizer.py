@@ -26,13 +26,21 @@ class Detokenizer:
         tokenizer: gives bytes per id.
         prompt_ids: the text continues them (a character begun in the prompt is completed in the output).
         skip_special_tokens: leave special tokens out.
+        kept: special tokens that are not left out.
     """
 
-    __slots__ = ("_skip", "_source", "_tokenizer")
+    __slots__ = ("_kept", "_skip", "_source", "_tokenizer")
 
-    def __init__(self, tokenizer: TextTokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._kept = kept
         tail = prompt_ids[-PROMPT_TAIL:]
         self._source: _ByteSource | _StreamSource
         if tokenizer.decoder_kind == "contextual":
@@ -43,7 +51,7 @@ class Detokenizer:
     def step(self, token_id: int) -> str:
         """The characters that this token completes; "" while one is unfinished."""
         if self._skip and self._tokenizer.is_special(token_id):
-            return ""
+            return self._tokenizer.token_text(token_id) if token_id in self._kept else ""
         return self._source.step(token_id)
 
     def finish(self) -> str:

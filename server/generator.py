@@ -73,6 +73,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of the completion's: thoughts and their markers. Filled by a protocol that parses them."""
 
 
 class _Choice:
@@ -86,7 +88,9 @@ class _Choice:
         self.index = index
         self._request = request
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, request.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, request.prompt_ids, request.skip_special_tokens, request.kept_special_ids
+        )
         self._matcher = StopMatcher(automaton, request.include_stop_str_in_output) if automaton else None
         self._tokens = 0
         self.length = 0

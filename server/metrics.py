@@ -59,6 +59,9 @@ class RequestMetrics:
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self.generation_tokens = self._histogram("request_generation_tokens", "Output tokens per request.", TOKENS)
         self.params_n = self._histogram("request_params_n", "Choices per request.", N)
+        self.parse_failures = self._counter(
+            "tool_parse_failures", "Tool calls that were none, and arguments that are no JSON."
+        ).labels(model_name)
         self.ready = Gauge(
             "ropeway_ready",
             "1 while tokens can come out, 0 otherwise; the least ready API worker counts.",

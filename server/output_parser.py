@@ -80,13 +80,13 @@ class OutputFormat:
     """The prompt has opened the thoughts."""
     hidden: frozenset[str] = frozenset()
     """Markers that are special tokens, which nobody wants to see in content."""
+    kept_ids: frozenset[int] = frozenset()
+    """Ids of markers that are special tokens: they must be in the text that the parser gets."""
 
     @property
-    def markers(self) -> frozenset[str]:
-        """What must reach the parser even where special tokens are left out."""
-        return frozenset(
-            (self.tools.markers if self.tools else ()) + (self.reasoning.markers if self.reasoning else ())
-        )
+    def plain(self) -> bool:
+        """Whether all output is content, with nothing to look for."""
+        return self.tools is None and self.reasoning is None
 
 
 class OutputParser:

@@ -20,6 +20,8 @@ class GenerationRequest:
     """Stop strings; the text ends before the first that appears."""
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    kept_special_ids: frozenset[int] = frozenset()
+    """Special tokens that are text even so: what marks tool calls and thoughts, for whoever parses the output."""
     key_id: str = ""
     cache_salt: str = ""
     priority: int = 0

@@ -89,6 +89,12 @@ class Settings:
     served_model_name: tuple[str, ...] = flag((), MODEL, "names clients may use for the model; the first is shown")
     tokenizer: str | None = flag(None, MODEL, "folder or hub id of the tokenizer, if it is not the model's own")
     chat_template: str | None = flag(None, MODEL, "chat template, a file or its text", parse=parse_template)
+    tool_format: Literal["auto", "none", "hermes", "mistral", "llama", "granite"] = flag(
+        "auto", MODEL, "how the model writes tool calls; auto reads it off the chat template, none leaves them text"
+    )
+    reasoning_format: Literal["auto", "none", "think", "mistral", "cohere", "seed"] = flag(
+        "auto", MODEL, "how the model writes thoughts; auto reads it off the chat template, none leaves them text"
+    )
     revision: str | None = flag(None, MODEL, "branch, tag or commit of a hub model")
     trust_remote_code: bool = flag(False, MODEL, "run Python code that comes with the model")
     generation_config: str = flag(
@@ -370,8 +376,8 @@ NOT_BUILT = {
     "--enable-lora": "adapters are not served",
     "--lora-modules": "adapters are not served",
     "--speculative-config": "tokens are decoded one by one",
-    "--enable-auto-tool-choice": "tool calls come as text",
-    "--tool-call-parser": "tool calls come as text",
-    "--reasoning-parser": "reasoning comes as text",
+    "--enable-auto-tool-choice": "requests with tools are always parsed, see --tool-format",
+    "--tool-call-parser": "the chat template says which format it is; --tool-format overrides it",
+    "--reasoning-parser": "the chat template says which format it is; --reasoning-format overrides it",
 }
 """Flags that users of other servers, or readers of the roadmap, may try: each is refused in one sentence."""

@@ -6,7 +6,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,11 @@ class TextTokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves it out."""
         return token_id in self._special_ids
+
+    def special_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """Text -> id, for those of the texts that are special tokens."""
+        ids = {text: self.backend.token_to_id(text) for text in texts}
+        return {text: id for text, id in ids.items() if id in self._special_ids}
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text that it continues; b"" for an unknown id.

@@ -1,24 +1,27 @@
 """POST /v1/chat/completions. Knows OpenAI's chat shape; the model's template and the generator do the rest."""
 
-import asyncio
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
-from ropeway.server.chat_template import missing_template
 from ropeway.server.errors import ApiError, invalid
-from ropeway.server.generator import Generation, Usage
+from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.protocols.openai import Chunks, Head, end_fields
-from ropeway.server.protocols.shared import answer_headers, check_could_fit, generation_request, read_fields
-from ropeway.server.request import ChoiceDelta, PositionLogprobs
+from ropeway.server.output_parser import CallArguments, CallStart, Content, Event, OutputFormat, Reasoning
+from ropeway.server.output_reader import OutputReader
+from ropeway.server.protocols.conversation import Conversation, encode_conversation
+from ropeway.server.protocols.openai import Chunks, Head
+from ropeway.server.protocols.shared import answer_headers, generation_request, read_fields
+from ropeway.server.reasoning import Effort
+from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
-from ropeway.server.tokenizer import INLINE_CHARS
 
-TOOLS_HINT = "Tool calls come back as text in content: this server does not parse them yet."
+MAX_VARIABLES = 100
+TOOLS_HINT = "Tool calls come back as text in content: the chat template does not show their format, --tool-format may."
 
 
 class ChatFields(SamplingFields):
@@ -35,6 +38,11 @@ class ChatFields(SamplingFields):
         default=None, description=f"a list of at most {MAX_TOOLS} tools", max_length=MAX_TOOLS
     )
     tool_choice: Any = Field(default=None, description="none or auto")
+    parallel_tool_calls: bool | None = Field(default=None, description="true or false")
+    reasoning_effort: Effort | None = Field(default=None, description=f"one of {', '.join(get_args(Effort))}")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description=f"an object of at most {MAX_VARIABLES} variables", max_length=MAX_VARIABLES
+    )
     add_generation_prompt: bool | None = Field(default=None, description="true or false")
     continue_final_message: bool | None = Field(default=None, description="true or false")
 
@@ -56,6 +64,20 @@ class ChatFields(SamplingFields):
         """The tools that the model shall know of."""
         return None if self.tool_choice == "none" else self.tools or None
 
+    @property
+    def conversation(self) -> Conversation:
+        """What the body says about the prompt."""
+        return Conversation(
+            messages=self.messages,
+            tools=self.rendered_tools,
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=self.continue_final_message or False,
+            reasoning_effort=self.reasoning_effort,
+            template_kwargs=self.chat_template_kwargs,
+            skip_special_tokens=self.skip_special_tokens is not False,
+        )
+
 
 def create_router(services: Services) -> APIRouter:
     """The route."""
@@ -68,85 +90,83 @@ def create_router(services: Services) -> APIRouter:
         fields.check()
         record = services.begin(request.scope, fields.choices)
         try:
-            prompt_ids = await encode_messages(services, fields)
-            record.settle(len(prompt_ids))
+            prompt = await encode_conversation(services, fields.conversation)
+            fields.ignore(prompt.ignored)
+            record.settle(len(prompt.ids))
             logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-            plan = generation_request(services, request, fields, prompt_ids, logprobs=logprobs, default_tokens="rest")
+            plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
+            plan = replace(plan, kept_special_ids=prompt.output.kept_ids)
             generation = services.generator.start([plan], record)
         except BaseException as error:
             record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
             raise
-        return answer(services, fields, generation)
+        return answer(services, fields, plan, prompt.output, generation)
 
     return router
 
 
-def characters(message: dict[str, Any]) -> int:
-    """Length of a message's text, in parts or in one piece."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return sum(len(text) for text in texts if isinstance(text, str))
-
-
-async def encode_messages(services: Services, fields: ChatFields) -> list[int]:
-    """Ids of the prompt; a long conversation is rendered in a thread. Raises: ApiError 400."""
-    tokenizer = services.tokenizer
-    template = tokenizer.chat_template
-    if template is None:
-        raise missing_template()
-    tools = fields.rendered_tools
-    if tools and not template.renders_tools:
-        raise invalid("This model's chat template knows no tools.", "tools", "unsupported_parameter")
-
-    def render() -> list[str]:
-        return template.render(
-            fields.messages,
-            tools=tools,
-            add_generation_prompt=fields.add_generation_prompt is not False and not fields.continue_final_message,
-            continue_final_message=fields.continue_final_message or False,
-        )
-
-    size = sum(map(characters, fields.messages))
-    check_could_fit(services, size, "messages")
-    short = size <= INLINE_CHARS and len(fields.messages) <= 10 and not tools
-    pieces = render() if short else await asyncio.to_thread(render)
-    return await tokenizer.encode(pieces, add_special_tokens=False)
-
-
-def answer(services: Services, fields: ChatFields, generation: Generation) -> Response:
+def answer(
+    services: Services, fields: ChatFields, plan: GenerationRequest, output: OutputFormat, generation: Generation
+) -> Response:
     """The response, streamed or not."""
     head = Head.make("chatcmpl", services)
-    headers = answer_headers(fields, [TOOLS_HINT] if fields.rendered_tools else [])
-    usage = generation.usage
+    headers = answer_headers(fields, [TOOLS_HINT] if fields.rendered_tools and output.tools is None else [])
+    usage, logprobs = generation.usage, bool(fields.logprobs)
+    reader = OutputReader(output, plan.skip_special_tokens, services.tokenizer, usage, services.metrics)
     if fields.stream:
         chunks = Chunks(head, "chat.completion.chunk", fields, usage)
-        return EventStream(generation, ChatFrames(chunks, bool(fields.logprobs)), headers)
-    return JsonAnswer(generation, lambda choices: whole(head, choices, usage, bool(fields.logprobs)), headers)
+        return EventStream(generation, ChatFrames(chunks, reader, logprobs), headers)
+
+    def whole(choices: list[ChoiceDelta]) -> dict[str, Any]:
+        return head.document("chat.completion", [choice_object(reader, choice, logprobs) for choice in choices], usage)
+
+    return JsonAnswer(generation, whole, headers)
 
 
-def whole(head: Head, choices: list[ChoiceDelta], usage: Usage, logprobs: bool) -> dict[str, Any]:
-    """OpenAI's CreateChatCompletionResponse."""
-    return head.document(
-        "chat.completion",
-        [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": logprobs_object(choice.logprobs) if logprobs else None,
-                **end_fields(choice),
-            }
-            for choice in choices
-        ],
-        usage,
-    )
+def choice_object(reader: OutputReader, choice: ChoiceDelta, logprobs: bool) -> dict[str, Any]:
+    """A whole choice."""
+    output = reader.read(choice)
+    return {
+        "index": choice.index,
+        "message": message_object(output.events),
+        "logprobs": logprobs_object(choice.logprobs) if logprobs else None,
+        "finish_reason": output.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+
+
+def message_object(events: list[Event]) -> dict[str, Any]:
+    """OpenAI's message; thoughts under both names that clients look for."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    thoughts = "".join(event.text for event in events if isinstance(event, Reasoning))
+    calls: list[dict[str, Any]] = []
+    arguments: list[list[str]] = []
+    for event in events:
+        if isinstance(event, CallStart):
+            calls.append(call_object(event))
+            arguments.append([])
+        elif isinstance(event, CallArguments):
+            arguments[event.index].append(event.text)
+    for call, pieces in zip(calls, arguments, strict=True):
+        call["function"]["arguments"] = "".join(pieces)
+    message: dict[str, Any] = {"role": "assistant", "content": None if calls and not content else content}
+    message["refusal"] = None
+    if thoughts:
+        message |= {"reasoning": thoughts, "reasoning_content": thoughts}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def call_object(call: CallStart) -> dict[str, Any]:
+    """A call whose arguments are still to come."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
 
 
 class ChatFrames:
     """The stream: per choice a chunk with its role, then deltas, then its end; see `stream.Frames`."""
 
-    def __init__(self, chunks: Chunks, logprobs: bool) -> None:
+    def __init__(self, chunks: Chunks, reader: OutputReader, logprobs: bool) -> None:
         self._chunks = chunks
+        self._reader = reader
         self._logprobs = logprobs
         self._begun: set[int] = set()
 
@@ -157,18 +177,40 @@ class ChatFrames:
         return self._chunks.finish()
 
     def _events(self, delta: ChoiceDelta) -> list[bytes]:
+        """The chunks of one delta; its logprobs are in the first one that says something."""
+        output = self._reader.read(delta)
         index = b'{"index":%d,"delta":' % delta.index
         unfinished = b',"finish_reason":null}'
         choices = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             choices.append(index + b'{"role":"assistant","content":""},"logprobs":null' + unfinished)
-        if delta.text or (self._logprobs and delta.logprobs):
-            logprobs = json_bytes(logprobs_object(delta.logprobs)) if self._logprobs else b"null"
-            choices.append(index + b'{"content":' + json_bytes(delta.text) + b'},"logprobs":' + logprobs + unfinished)
-        if delta.finish_reason is not None:
-            choices.append(index + b'{},"logprobs":null,' + json_bytes(end_fields(delta))[1:])
+        logprobs = json_bytes(logprobs_object(delta.logprobs)) if self._logprobs and delta.logprobs else b"null"
+        changes = [change for event in output.events if (change := delta_bytes(event))]
+        if not changes and logprobs != b"null":
+            changes.append(b'{"content":""}')
+        for change in changes:
+            choices.append(index + change + b',"logprobs":' + logprobs + unfinished)
+            logprobs = b"null"
+        if output.finish_reason is not None:
+            end = {"finish_reason": output.finish_reason, "stop_reason": delta.stop_reason}
+            choices.append(index + b'{},"logprobs":null,' + json_bytes(end)[1:])
         return [self._chunks.choice(choice) for choice in choices]
+
+
+def delta_bytes(event: Event) -> bytes:
+    """What a chunk says of an event; b"" for the end of a call, which OpenAI's stream does not mark."""
+    match event:
+        case Content(text):
+            return b'{"content":' + json_bytes(text) + b"}"
+        case Reasoning(text):
+            return json_bytes({"reasoning": text, "reasoning_content": text})
+        case CallStart(index):
+            return json_bytes({"tool_calls": [{"index": index, **call_object(event)}]})
+        case CallArguments(index, text):
+            return json_bytes({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+        case _:
+            return b""
 
 
 def logprobs_object(positions: list[PositionLogprobs]) -> dict[str, Any]:

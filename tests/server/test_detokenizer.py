@@ -95,6 +95,18 @@ def test_special_tokens(kind: str) -> None:
         assert ("<|im_end|>" in text) is not skip
 
 
+@kinds
+def test_kept_special_tokens(kind: str) -> None:
+    """Guards parsers of tool calls: the tokens that mark them are text, every other special token stays out."""
+    tokenizer = TOKENIZERS[kind]
+    start, end = (tokenizer.backend.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>"))
+    assert tokenizer.special_ids(["<|im_end|>", "a", "never"]) == {"<|im_end|>": end}
+    a, b = tokenizer._encode(["a"], False), tokenizer._encode(["b"], False)
+    detokenizer = Detokenizer(tokenizer, a, True, frozenset({end}))
+    text = "".join([*map(detokenizer.step, [*b, start, end, *b, start]), detokenizer.finish()])
+    assert text.replace(" ", "") == "b<|im_end|>b"
+
+
 def test_first_space_survives() -> None:
     """Guards sentencepiece completions: "and" instead of " and" joins the words of prompt and output."""
     tokenizer = TOKENIZERS["byte_fallback"]

@@ -84,6 +84,7 @@ async def test_whole_answer() -> None:
         "completion_tokens": tokens,
         "total_tokens": prompt + tokens,
         "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert answer["choices"][0]["finish_reason"] == "stop" and answer["choices"][0]["stop_reason"] is None
@@ -210,7 +211,7 @@ async def test_tools() -> None:
         ({"tools": [{"function": {"name": 1}}]}, "tools[0]"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids"),
         ({"max_tokens": 500}, "messages"),
     ],

@@ -1,0 +1,100 @@
+"""A conversation on its way to the engine: messages -> prompt, and what the answer to it may hold.
+
+Every protocol that chats ends here, with messages and tools in OpenAI's shape. Knows template and tokenizer; no HTTP.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from ropeway.server.chat_template import ChatTemplate, missing_template
+from ropeway.server.errors import invalid
+from ropeway.server.output_parser import OutputFormat
+from ropeway.server.output_reader import output_format, reasoning_format
+from ropeway.server.protocols.shared import check_could_fit
+from ropeway.server.reasoning import Effort, template_variables
+from ropeway.server.services import Services
+from ropeway.server.tokenizer import INLINE_CHARS
+
+INLINE_MESSAGES = 10
+
+
+@dataclass(slots=True, frozen=True)
+class Conversation:
+    """What a chat request says about its prompt, types checked."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    """Those that the model shall know of."""
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    reasoning_effort: Effort | None = None
+    template_kwargs: dict[str, Any] | None = None
+    skip_special_tokens: bool = True
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """What the engine gets of a conversation, and what its answer may hold."""
+
+    ids: list[int]
+    output: OutputFormat
+    ignored: list[str]
+    """Fields that change nothing with this model."""
+
+
+async def encode_conversation(services: Services, talk: Conversation) -> Prompt:
+    """Renders and tokenizes; what is long is rendered in a thread. Raises: ApiError 400."""
+    tokenizer, settings = services.tokenizer, services.settings
+    template = tokenizer.chat_template
+    if template is None:
+        raise missing_template()
+    if talk.tools and not template.renders_tools:
+        raise invalid("This model's chat template knows no tools.", "tools", "unsupported_parameter")
+    reasons = reasoning_format(settings, tokenizer) is not None
+    variables, ignored = template_variables(
+        talk.reasoning_effort, talk.template_kwargs, template.variables, reasons=reasons
+    )
+    if ignored and settings.strict:
+        message = f"{ignored[0]} changes nothing: this model's chat template does not know it."
+        raise invalid(message, ignored[0].partition(".")[0], "unsupported_parameter")
+    size = sum(map(characters, talk.messages))
+    check_could_fit(services, size, "messages")
+    short = size <= INLINE_CHARS and len(talk.messages) <= INLINE_MESSAGES and not talk.tools and not variables
+    pieces = (
+        _render(template, talk, variables) if short else await asyncio.to_thread(_render, template, talk, variables)
+    )
+    output = output_format(
+        settings,
+        tokenizer,
+        pieces[-1],
+        tools=talk.tools or (),
+        parallel=talk.parallel_tool_calls,
+        continued=text(talk.messages[-1]) if talk.continue_final_message else None,
+        skip_special_tokens=talk.skip_special_tokens,
+    )
+    return Prompt(await tokenizer.encode(pieces, add_special_tokens=False), output, ignored)
+
+
+def _render(template: ChatTemplate, talk: Conversation, variables: dict[str, Any]) -> list[str]:
+    return template.render(
+        talk.messages,
+        tools=talk.tools or None,
+        add_generation_prompt=talk.add_generation_prompt and not talk.continue_final_message,
+        continue_final_message=talk.continue_final_message,
+        variables=variables,
+    )
+
+
+def text(message: dict[str, Any]) -> str:
+    """A message's text, in parts or in one piece; whatever is no text is left out."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def characters(message: dict[str, Any]) -> int:
+    """Length of a message's text."""
+    return len(text(message))
