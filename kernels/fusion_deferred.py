@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, gated, rms_norm
 
@@ -93,8 +92,14 @@ class Deferred(torch.Tensor):
 
 
 def plain(values: Any) -> Any:
-    """Any nesting of values with the deferred tensors in it computed."""
-    return tree_map_only(Deferred, lambda deferred: deferred.value(), values)
+    """Arguments of any nesting with the deferred tensors in them computed."""
+    if isinstance(values, Deferred):
+        return values.value()
+    if type(values) in (tuple, list):
+        return type(values)(plain(value) for value in values)
+    if type(values) is dict:
+        return {name: plain(value) for name, value in values.items()}
+    return values
 
 
 class Sum(Deferred):

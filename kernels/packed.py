@@ -48,7 +48,7 @@ class PackedForward:
 
     @torch.inference_mode()
     def __call__(self, batch: LeftPaddedBatch) -> torch.Tensor:
-        """Logits [L,V] fp32 of `batch.logits_index`; all token ids known. Writes every token's K and V to the pool."""
+        """As `Forward` says; all token ids known."""
         use_attention(self._model, ATTENTION)
         step = _Step(self._pool, AttentionMetadata(batch), batch.slot)
         token = _STEP.set(step)

@@ -33,7 +33,7 @@ class PaddedForward:
 
     @torch.inference_mode()
     def __call__(self, batch: LeftPaddedBatch) -> torch.Tensor:
-        """Logits [L,V] fp32 of `batch.logits_index`; all token ids known. Writes every token's K and V to the pool."""
+        """As `Forward` says; all token ids known."""
         use_attention(self._model, self._attention)
         parts = _parts(batch)
         if len(parts) == 1:
