@@ -15,7 +15,7 @@ from typing import Literal
 from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.server.errors import ApiError, invalid
 
-RejectReason = Literal["requests", "tokens", "loading", "engine_restarting", "draining"]
+RejectReason = Literal["requests", "tokens", "bodies", "texts", "loading", "engine_restarting", "draining"]
 
 MIN_RETRY_S, MAX_RETRY_S = 1, 120
 WINDOW_S = 30.0

@@ -45,7 +45,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
     )
     for module in (chat, completions, tgi, load_model, models, tokenize, health, metrics):
         app.include_router(module.create_router(services))
-    app.add_middleware(BodyLimit)  # the last one added is the outermost
+    app.add_middleware(BodyLimit, on_reject=services.metrics.rejected)  # the last one added is the outermost
     if keys:
         app.add_middleware(Auth, keys=keys, root_path=settings.root_path)
     if settings.allowed_origins:

@@ -22,7 +22,7 @@ class JsonRequest(Request):
         """The parsed body. Raises: json.JSONDecodeError, which FastAPI turns into a validation error."""
         if not hasattr(self, "_json"):
             try:
-                self._json = from_json(await self.body(), allow_inf_nan=False)
+                self._json = from_json(await self.body(), allow_inf_nan=False, cache_strings="none")
             except ValueError as error:
                 raise json.JSONDecodeError(str(error), "", 0) from None
         return self._json

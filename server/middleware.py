@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,11 +18,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropeway.server.admission import RejectReason
 from ropeway.server.errors import ApiError
 from ropeway.server.metrics import RequestMetrics, RequestRecord
 
 MAX_BODY_BYTES = 32 * 2**20
 BODY_SECONDS = 30.0
+SMALL_BODY_BYTES = 64 * 2**10
+"""Bodies up to this are always taken: how many there can be is bounded by connections and the queue."""
+MAX_HELD_BYTES = 8 * MAX_BODY_BYTES
+"""Of larger bodies that are being read or worked on, in one API worker."""
+HELD_RETRY_S = "5"
+MAX_COMMAS = 2**19
+"""In a body, those of texts included: a text with more is longer than most contexts. Parsers let no other thread run:
+32 MB of text take 40 ms, as many tiny values took 7 s, so many of them 0.7 s at worst."""
 CLIENT_LEFT = 499
 """Status in log and metrics when the client left before there was one; nginx's number."""
 
@@ -140,22 +150,42 @@ class BodyLimit:
     Args:
         max_bytes: 413 beyond it, whether the length was announced or not.
         seconds: 408 when the body is not complete by then, however steadily it trickles.
+        max_held: 503 when this many bytes of larger bodies are held already, from their first byte to the answer's.
+        on_reject: told the reason of that (for the metrics).
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int = MAX_BODY_BYTES,
+        seconds: float = BODY_SECONDS,
+        max_held: int = MAX_HELD_BYTES,
+        on_reject: Callable[[RejectReason], None] = lambda reason: None,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._seconds = seconds
+        self._max_held = max_held
+        self._on_reject = on_reject
+        self.held = 0
+        """Bytes of the larger bodies."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on with its body in one piece, or answers 408, 413 or 415."""
+        """Passes the request on with its body in one piece, or answers 408, 413, 415 or 503."""
         if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self._app(scope, receive, send)
             return
+        share = _Share(self)
+        try:
+            await self._pass_on(scope, receive, send, share)
+        finally:
+            share.release()
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, share: "_Share") -> None:
         try:
             self._check_headers(dict(scope["headers"]))
             async with asyncio.timeout(self._seconds):
-                body = await self._read(receive)
+                body = await self._read(receive, share)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -171,7 +201,7 @@ class BodyLimit:
         async def receive_whole() -> Message:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, receive_whole, send)
+        await self._app(scope, receive_whole, share.until_answered(send))
 
     def _check_headers(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")
@@ -185,7 +215,7 @@ class BodyLimit:
                 415, "The body must be JSON, with `Content-Type: application/json`.", code="unsupported_media_type"
             )
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive, share: "_Share") -> bytes | None:
         body = bytearray()
         while True:
             message = await receive()
@@ -194,8 +224,54 @@ class BodyLimit:
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
                 raise self._too_large()
+            if not share.grow(len(body), self._max_held):
+                self._on_reject("bodies")
+                raise ApiError(
+                    503,
+                    f"The server is overloaded: it holds too many large bodies. Try again in {HELD_RETRY_S} s.",
+                    code="server_overloaded",
+                    headers={"Retry-After": HELD_RETRY_S, "Connection": "close"},
+                )
             if not message.get("more_body", False):
+                if len(body) > MAX_COMMAS and body.count(b",") > MAX_COMMAS:
+                    crowd = f"The body holds more than {MAX_COMMAS} values or commas."
+                    raise ApiError(413, crowd, code="request_too_large")
                 return bytes(body)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self._max_bytes} bytes.", code="request_too_large")
+
+
+class _Share:
+    """One body's part of `BodyLimit.held`."""
+
+    __slots__ = ("_bytes", "_limit")
+
+    def __init__(self, limit: BodyLimit) -> None:
+        self._limit = limit
+        self._bytes = 0
+
+    def grow(self, size: int, most: int) -> bool:
+        """The body has `size` bytes so far; False if it is a large one and there is no room for it."""
+        if size > SMALL_BODY_BYTES:
+            if self._limit.held + size - self._bytes > most:
+                return False
+            self._limit.held += size - self._bytes
+            self._bytes = size
+        return True
+
+    def release(self) -> None:
+        """Gives everything back. Idempotent."""
+        self._limit.held -= self._bytes
+        self._bytes = 0
+
+    def until_answered(self, send: Send) -> Send:
+        """`send`, which releases when an answer begins: a stream may last, and needs its body no more."""
+        if not self._bytes:
+            return send
+
+        async def send_and_release(message: Message) -> None:
+            self.release()
+            await send(message)
+
+        return send_and_release

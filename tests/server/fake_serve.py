@@ -2,7 +2,8 @@
 
     python fake_serve.py GO serve --port 0 ...
 
-The engine loads until the file GO exists; with a file BROKEN it writes a tokenizer that cannot be read. Prompts are words of the tiny tokenizer; a step takes 5 ms.
+The engine loads until the file GO exists; with a file BROKEN it writes a tokenizer that cannot be read. Prompts are
+words of the tiny tokenizer; a step takes 5 ms.
 """
 
 import functools

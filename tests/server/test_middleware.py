@@ -12,10 +12,11 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from shell import check_error, client, exchange, serving
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from ropeway.server.admission import Admission
 from ropeway.server.metrics import RequestMetrics
-from ropeway.server.middleware import BodyLimit, Envelope
+from ropeway.server.middleware import MAX_COMMAS, BodyLimit, Envelope
 from ropeway.server.request import ChoiceDelta
 
 LIMIT = 1000
@@ -184,6 +185,69 @@ def test_too_large_on_the_wire(address: tuple[str, int]) -> None:
     assert answer.startswith(b"HTTP/1.1 413")
     answer = exchange(address, post("Content-Length: 100000", last=False), big + post("Content-Length: 2") + b"{}")
     assert answer.startswith(b"HTTP/1.1 413") and b"HTTP/1.1 200" in answer
+
+
+class Held:
+    """BodyLimit around an app that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.rejected: list[str] = []
+        self.go = asyncio.Event()
+        self.limit = BodyLimit(self._app, max_held=250_000, on_reject=self.rejected.append)
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert len((await receive())["body"]) == scope["size"]
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def post(self, size: int) -> int:
+        """Status of a body that comes in pieces of 10 kB."""
+        pieces = [10_000] * (size // 10_000) + [0]
+        statuses: list[int] = []
+
+        async def receive() -> Message:
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"x" * pieces.pop(0), "more_body": bool(pieces)}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+                if message["status"] == 503:
+                    assert (b"retry-after", b"5") in message["headers"]
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "headers": headers, "state": {}, "size": size}
+        await self.limit(scope, receive, send)
+        return statuses[0]
+
+
+async def test_large_bodies_in_flight_are_bounded() -> None:
+    """Guards the memory: any number of bodies, each within its limit, was held at once. Small ones still pass, and
+    room comes back with the answers."""
+    held = Held()
+    first = [asyncio.create_task(held.post(100_000)) for _ in range(2)]
+    small = [asyncio.create_task(held.post(60_000)) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    assert held.limit.held == 200_000
+    assert await held.post(100_000) == 503
+    assert held.rejected == ["bodies"] and held.limit.held == 200_000
+    held.go.set()
+    assert set(await asyncio.gather(*first, *small)) == {200}
+    assert held.limit.held == 0
+    assert await held.post(100_000) == 200 and held.limit.held == 0
+
+
+async def test_too_many_values(app: FastAPI) -> None:
+    """Guards the event loop: 32 MB of tiny values kept the parser, and with it everybody, busy for seconds."""
+    wide = FastAPI(openapi_url=None, routes=app.routes)
+    wide.add_middleware(BodyLimit)
+    async with client(wide) as http:
+        for body in (b"[" + b"[]," * MAX_COMMAS + b"[],[]]", b'["' + b",a" * (MAX_COMMAS + 1) + b'"]'):
+            answer = await http.post("/echo", content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+        text = b'["' + b"a" * 4_000_000 + b'"]'
+        assert (await http.post("/echo", content=text, headers={"content-type": "application/json"})).content == text
 
 
 def test_tiny_chunks_make_one_body(address: tuple[str, int]) -> None:
