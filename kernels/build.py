@@ -1,4 +1,4 @@
-"""From a model's name to a runner that is ready to step: load, find the layout, plan the KV cache, run once."""
+"""From a model's name to a runner that is ready to step: load, find the layout, plan the memory, capture, compile."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +10,22 @@ from ropeway.kernels.cpu_linear import pack_linears
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fusion import fuse
+from ropeway.kernels.graphs import LARGEST_MIXED, CudaCapture, decode_sizes, mixed_sizes
 from ropeway.kernels.kv_pool import KVPool
-from ropeway.kernels.loader import Progress, load_model
-from ropeway.kernels.memory import kv_budget, plan_blocks
+from ropeway.kernels.loader import LoadedModel, Progress, load_model
+from ropeway.kernels.memory import kv_budget, peak_bytes, plan_blocks
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
 from ropeway.kernels.probe import Layout, choose_layout
 from ropeway.kernels.rope import fix_rope
 from ropeway.kernels.runner import ModelRunner
-from ropeway.kernels.sampler import Sampler
+from ropeway.kernels.sampler import Lines, Sampler
 from ropeway.kernels.sampling_state import SamplingState
 from ropeway.kernels.step import RowInput, StepInput
 from ropeway.kernels.triton_sampler import TritonSampler
+
+GRAPH_BYTES = 4 << 20
+"""What the driver keeps on the device for a captured size, about."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,6 +50,8 @@ class RunnerInfo:
     """How the weights are quantised; None if they are not."""
     fusion: str | None = None
     """What was fused in the model; None where its modules run as they are."""
+    no_graphs: str | None = None
+    """Why every step is launched kernel by kernel, in words that follow "because"; None if there are CUDA graphs."""
 
 
 def build_runner(
@@ -61,16 +67,20 @@ def build_runner(
     layout: Literal["auto"] | Layout = "auto",
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
+    max_num_batched_tokens: int = 2048,
     block_size: int = 16,
     kv_cache_bytes: int | None = None,
     gpu_memory_utilization: float = 0.9,
     threads: int | None = None,
     progress: Progress = lambda stage, share: None,
+    compiling: Progress = lambda stage, share: None,
 ) -> tuple[ModelRunner, RunnerInfo]:
-    """Load a model, find its layout, plan the KV cache, run once. State slots are 0 .. max_num_seqs - 1.
+    """Load a model, find its layout, plan the KV cache, compile and capture. State slots are 0 .. max_num_seqs - 1.
 
     Args: as in `load_model`, `choose_layout`, `kv_budget` and `plan_blocks`; kv_cache_bytes None = `kv_budget`;
-        threads: intra-op threads on the CPU, None = torch's default; progress(stage for people, share of it all).
+        max_num_batched_tokens: of the largest step;
+        threads: intra-op threads on the CPU, None = torch's default; progress(stage for people, share of it all);
+        compiling: the same for the time in which a GPU's kernels are compiled and captured.
 
     Raises:
         LoadError: one sentence that says what to do.
@@ -94,22 +104,40 @@ def build_runner(
     fix_rope(loaded.model, loaded.max_model_len)
     choice = choose_layout(loaded.model, loaded.max_model_len, layout)
     on_gpu = loaded.device.type == "cuda"
-    fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and choice.layout == "packed" else None
+    packed = choice.layout == "packed"
+    fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and packed else None
+    state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
+    sampler = TritonSampler(state) if on_gpu else Sampler(state)
+    forward_class = PackedForward if packed else PaddedForward
+    sizes = decode_sizes(max_num_seqs) + mixed_sizes(max_num_seqs, max_num_batched_tokens) if on_gpu and packed else []
+    reserved = 0
+    if isinstance(sampler, TritonSampler):
+        progress("running the largest step", 0.85)
+        reserved = _bytes_of_steps(loaded, forward_class, sampler, max_num_batched_tokens, block_size, len(sizes))
     progress("making the KV cache", 0.9)
     num_blocks = plan_blocks(
-        kv_budget(loaded.device, gpu_memory_utilization) if kv_cache_bytes is None else kv_cache_bytes,
+        kv_budget(loaded.device, gpu_memory_utilization) - reserved if kv_cache_bytes is None else kv_cache_bytes,
         bytes_per_block=choice.bytes_per_token * block_size,
         block_size=block_size,
         max_model_len=loaded.max_model_len,
         max_num_seqs=max_num_seqs,
     )
     pool = KVPool(num_blocks, block_size)
-    forward = (PackedForward if choice.layout == "packed" else PaddedForward)(loaded.model, pool)
+    forward = forward_class(loaded.model, pool)
     _warm_up(forward, block_size, loaded.device)
-    state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
-    sampler = TritonSampler(state) if loaded.device.type == "cuda" else Sampler(state)
-    progress("ready", 1.0)
-    return ModelRunner(forward, pool, sampler, block_size, loaded.device), RunnerInfo(
+    runner = ModelRunner(
+        forward,
+        pool,
+        sampler,
+        block_size,
+        loaded.device,
+        max_blocks=-(-loaded.max_model_len // block_size),
+        sizes=sizes,
+        capture=CudaCapture(loaded.device) if sizes else None,
+    )
+    progress("loaded", 1.0)
+    no_graphs = runner.prepare(compiling)
+    return runner, RunnerInfo(
         architecture=loaded.architecture,
         num_parameters=loaded.num_parameters,
         weight_bytes=loaded.weight_bytes,
@@ -124,7 +152,62 @@ def build_runner(
         kv_cache_bytes=num_blocks * pool.bytes_per_block,
         quantization=loaded.quantization,
         fusion=None if fusion is None else fusion.sentence(),
+        no_graphs=no_graphs,
     )
+
+
+def _bytes_of_steps(
+    loaded: LoadedModel,
+    forward_class: type[PackedForward] | type[PaddedForward],
+    sampler: TritonSampler,
+    max_tokens: int,
+    block_size: int,
+    num_graphs: int,
+) -> int:
+    """Bytes that stepping takes beside weights and KV cache, found out by running the largest step there may be.
+
+    Raises NotEnoughMemory.
+    """
+    rows, width = sampler.state.num_slots, sampler.state.vocab_size
+    forward = forward_class(loaded.model, KVPool(2, block_size))
+    logits_bytes = 4 * (rows + 1) * width
+
+    def step(tokens: int) -> None:
+        batch = LeftPaddedBatch.build(_full_step(tokens, rows, loaded.max_model_len, block_size), block_size, device)
+        sampler.launch(forward(batch), _idle_lines(sampler, batch.B), "processed")
+
+    device = loaded.device
+    try:
+        needed = peak_bytes(lambda: step(max_tokens), device)
+        if num_graphs:  # they have a pool of their own, and logits that stay
+            needed += peak_bytes(lambda: step(min(LARGEST_MIXED, max_tokens)), device)
+            needed += logits_bytes + num_graphs * GRAPH_BYTES
+    except torch.OutOfMemoryError:
+        raise NotEnoughMemory(
+            f"A step of {max_tokens} tokens does not fit beside the weights: lower --max-num-batched-tokens or "
+            "--max-num-seqs."
+        ) from None
+    return needed + 2 * logits_bytes  # the tables of biases and penalties, made when a request asks for them
+
+
+def _full_step(tokens: int, rows: int, max_model_len: int, block_size: int) -> StepInput:
+    """A step of about so many tokens in so many rows; all of them write to block 1, over each other."""
+    rows = min(rows, tokens)
+    counts, left = [1] * rows, tokens - rows
+    for row in range(rows):
+        more = min(left, max_model_len - 1)
+        counts[row] += more
+        left -= more
+    return StepInput([RowInput(row, [0] * n, 0, [1] * -(-n // block_size)) for row, n in enumerate(counts)])
+
+
+def _idle_lines(sampler: TritonSampler, count: int) -> Lines:
+    """Lines of the spare slot, so that sampling them changes nothing."""
+    device = sampler.state.device
+    slots = torch.full((count,), sampler.state.spare, device=device)
+    ids, finite = torch.empty_like(slots), torch.empty_like(slots, dtype=torch.bool)
+    host = slots.cpu().numpy()
+    return Lines(host, host, slots, torch.zeros_like(slots), torch.zeros_like(slots), ids, finite)
 
 
 def _warm_up(forward: Forward, block_size: int, device: torch.device) -> None:

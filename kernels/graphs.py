@@ -51,7 +51,7 @@ class CudaCapture:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, launches: Launches) -> Launches:
@@ -76,7 +76,7 @@ class CudaCapture:
             finally:
                 graph.capture_end()
         torch.cuda.synchronize(self._stream.device)
-        return graph.replay  # type: ignore[no-any-return]
+        return graph.replay
 
 
 @dataclass(slots=True, frozen=True)
@@ -151,7 +151,8 @@ class StepGraphs:
 
 def decode_sizes(max_rows: int) -> list[Size]:
     """1, 2, 4, 8, then ever wider steps, up to max_rows."""
-    counts, rows = [], 1
+    counts: list[int] = []
+    rows = 1
     while rows < max_rows:
         counts.append(rows)
         rows += rows if rows < 8 else 8 if rows < 64 else 16 if rows < 256 else 64
@@ -162,7 +163,8 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
     """128 tokens and more in steps of at most a half, each for few, some and all rows.
 
     With all of max_rows there is one row more, for the pads."""
-    counts, tokens = [], 128
+    counts: list[int] = []
+    tokens = 128
     while tokens <= LARGEST_MIXED and (not counts or counts[-1] < max_tokens):
         counts.append(tokens)
         tokens += max(64, 1 << (tokens.bit_length() - 3))

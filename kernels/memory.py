@@ -1,4 +1,6 @@
-"""How many KV blocks there are. Arithmetic on bytes; asks the device only how much it has."""
+"""How many KV blocks there are. Arithmetic on bytes; asks the device only how much it has, and how much work takes."""
+
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -27,6 +29,17 @@ def kv_budget(device: torch.device, gpu_memory_utilization: float) -> int:
         return int(total * gpu_memory_utilization) - (total - free)
     memory = psutil.virtual_memory()
     return int(min(CPU_SHARE * memory.total, CPU_AVAILABLE_SHARE * memory.available))
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that this work holds at once on a GPU, beyond what is allocated before it."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
 
 
 def plan_blocks(budget: int, *, bytes_per_block: int, block_size: int, max_model_len: int, max_num_seqs: int) -> int:

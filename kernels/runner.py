@@ -11,6 +11,7 @@ are launched kernel by kernel.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ class _Clock:
 
     @classmethod
     def on(cls, device: torch.device) -> "_Clock":
-        return cls([torch.cuda.Event(enable_timing=True) for _ in range(3 if device.type == "cuda" else 0)])
+        count = 3 if device.type == "cuda" else 0
+        return cls([torch.cuda.Event(enable_timing=True) for _ in range(count)])  # type: ignore[no-untyped-call]
 
     def mark(self, index: int) -> None:
         """0 = the forward begins, 1 = the sampler has ended, 2 = the results are on the host."""
@@ -167,6 +169,7 @@ class ModelRunner:
         Returns why there are no graphs, in words that follow "because"; None if there are."""
         if self._graphs is None:
             return "they need a GPU and the packed layout"
+        self._pool.copy_blocks(torch.zeros(1, 2, dtype=torch.int32, device=self._device))
         wanted = first_sizes(self._graphs.sizes)
         for number, size in enumerate(wanted):
             progress(f"preparing steps of {size.tokens} tokens", number / len(wanted))
@@ -221,7 +224,7 @@ class ModelRunner:
         graph = StepGraph(
             size,
             self._capture_launches(forward),
-            {kind: self._capture_launches(lambda kind=kind: sampler.launch(logits, lines, kind)) for kind in KINDS[:2]},
+            {kind: self._capture_launches(partial(sampler.launch, logits, lines, kind)) for kind in KINDS[:2]},
         )
         self._staging.last_ids.copy_(unread)
         return graph

@@ -19,6 +19,7 @@ belongs to row i: a chunk with more to come is sampled with the spare slot, and 
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +32,17 @@ from ropeway.kernels.step import UNREAD, RowInput, StepInput
 _ALIGNMENT = 64
 """Bytes. Triton compiles a kernel again for pointers that are no multiple of 16."""
 
-_TOKEN_FIELDS = (("token_ids", np.int64), ("positions", np.int64), ("slot", np.int64), ("prev_row", np.int32))
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
+_TORCH = {_INT64: torch.int64, _INT32: torch.int32}
+_TOKEN_FIELDS = (("token_ids", _INT64), ("positions", _INT64), ("slot", _INT64), ("prev_row", _INT32))
 _ROW_FIELDS = (
-    ("context_len", np.int32),
-    ("state_slot", np.int32),
-    ("logits_index", np.int64),
-    ("sample_slot", np.int64),
-    ("sample_position", np.int64),
-    ("sample_flags", np.int64),
+    ("context_len", _INT32),
+    ("state_slot", _INT32),
+    ("logits_index", _INT64),
+    ("sample_slot", _INT64),
+    ("sample_position", _INT64),
+    ("sample_flags", _INT64),
 )
-_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
 
 
 @dataclass(slots=True, frozen=True, order=True)
@@ -160,7 +162,7 @@ class Staging:
         total = tails[-1][0] + tails[-1][1].nbytes
         pinned = torch.empty(total, dtype=torch.uint8, pin_memory=self._on_gpu)
         host = pinned.numpy()
-        views = {name: host[begin:end].view(dtype) for name, dtype, begin, end in places}
+        views: dict[str, np.ndarray] = {name: host[begin:end].view(dtype) for name, dtype, begin, end in places}
         self._fill(views, step, columns, size or columns.size)
         for begin, values in tails:
             host[begin : begin + values.nbytes].view(values.dtype)[:] = values.ravel()
@@ -170,7 +172,7 @@ class Staging:
         else:
             buffer = pinned.to(self._device, non_blocking=True)
         at_device, blocks_device, copies = (
-            buffer[begin : begin + values.nbytes].view(_TORCH[values.dtype.type]) for begin, values in tails
+            buffer[begin : begin + values.nbytes].view(_TORCH[values.dtype]) for begin, values in tails
         )
         if len(at):
             self._tables.view(-1).index_copy_(0, at_device, blocks_device)
@@ -282,13 +284,14 @@ class Staging:
         assert (unread == (views["prev_row"] >= 0)).all(), "exactly the unread tokens come from the last step"
 
 
-def _layout(size: Size) -> tuple[list[tuple[str, type, int, int]], int]:
+def _layout(size: Size) -> tuple[list[tuple[str, "np.dtype[Any]", int, int]], int]:
     """(name, dtype, first byte, last) of every field, and where the next thing may begin."""
     fields = [(name, dtype, size.tokens) for name, dtype in _TOKEN_FIELDS]
     fields += [(name, dtype, size.rows) for name, dtype in _ROW_FIELDS]
-    places, begin = [], 0
-    for name, dtype, count in [*fields, ("row_start", np.int32, size.rows + 1)]:
-        end = begin + count * np.dtype(dtype).itemsize
+    places: list[tuple[str, np.dtype[Any], int, int]] = []
+    begin = 0
+    for name, dtype, count in [*fields, ("row_start", _INT32, size.rows + 1)]:
+        end = begin + count * dtype.itemsize
         places.append((name, dtype, begin, end))
         begin = _aligned(end)
     return places, begin

@@ -39,10 +39,10 @@ class TritonSampler(Sampler):
         positions [L] int64 on the host, of the token to be sampled in its sequence."""
         host_slots, host_positions = slots.numpy(), positions.numpy()
         flags = torch.from_numpy(self.state.work[host_slots] & FLAGS)
-        on_device = [upload(values, logits.device) for values in (slots, positions, flags)]
-        token_ids = torch.empty_like(on_device[0])
-        finite = torch.empty_like(token_ids, dtype=torch.bool)
-        return self.sample_lines(logits, Lines(host_slots, host_positions, *on_device, token_ids, finite))
+        slots, positions, flags = (upload(values, logits.device) for values in (slots, positions, flags))
+        token_ids = torch.empty_like(slots)
+        finite = torch.empty_like(slots, dtype=torch.bool)
+        return self.sample_lines(logits, Lines(host_slots, host_positions, slots, positions, flags, token_ids, finite))
 
     def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
         """As `sample`, for lines that a step has staged."""

@@ -69,11 +69,13 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         layout=config.batch_layout,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         kv_cache_bytes=config.kv_cache_bytes,
         gpu_memory_utilization=config.gpu_memory_utilization,
         threads=config.threads,
-        progress=lambda stage, done: progress("loading", stage, 0.05 + 0.9 * done),
+        progress=lambda stage, done: progress("loading", stage, 0.05 + 0.8 * done),
+        compiling=lambda stage, done: progress("compiling", stage, 0.85 + 0.1 * done),
     )
     progress("loading", "writing the tokenizer", 0.95)
     export_text(config, text_dir)
