@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ropeway.kernels import triton_mlp, triton_norm, triton_rope
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+Layout = Literal["halves", "repeated", "once"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,6 +30,22 @@ class Norm:
     def like(self, other: "Norm") -> bool:
         """Whether the two differ in their weights alone."""
         return (self.eps, self.offset, self.late) == (other.eps, other.offset, other.late)
+
+
+@dataclass(slots=True, frozen=True)
+class Frequencies:
+    """Angles of the rotation: position * inverse[i], whose cos and sin are then scaled (YaRN, arXiv:2309.00071)."""
+
+    inverse: torch.Tensor
+    """[P] fp32."""
+    scaling: float
+    layout: Layout
+    """Columns of pair i: i and P + i, or 2 i and 2 i + 1, or i alone."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the tables."""
+        return len(self.inverse) * (1 if self.layout == "once" else 2)
 
 
 @dataclass(slots=True, frozen=True)
@@ -63,6 +80,20 @@ def rms_norm(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) 
     if not norm.late:
         wide = wide.to(x.dtype).float()
     return (wide * (norm.offset + norm.weight.float())).to(x.dtype), total
+
+
+def angle_tables(
+    positions: torch.Tensor, frequencies: Frequencies, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), [B,N,width] each, of positions [B,N] int64; computed in fp32, rounded to dtype once."""
+    if _on_gpu(positions):
+        return triton_rope.angle_tables(positions, frequencies, dtype)
+    angles = positions[..., None].float() * frequencies.inverse
+    if frequencies.layout != "once":
+        halves = frequencies.layout == "halves"
+        angles = torch.cat((angles, angles), dim=-1) if halves else angles.repeat_interleave(2, dim=-1)
+    cos, sin = ((table * frequencies.scaling).to(dtype) for table in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -4,6 +4,7 @@
     RMSNorm                  one launch, and one together with the residual addition before it
     rotation + KV write      one launch, the norm of each head of q and k included
     gated activation         one launch after the merged gate and up
+    cos and sin              one launch per forward
 
 What a module does is found by watching the model run and by asking the module; what the model does between modules
 need not be known, since results that nobody has asked for yet are deferred (`fusion_deferred.py`). Every stand-in has
@@ -23,7 +24,6 @@ from ropeway.kernels.fused_ops import Activation
 from ropeway.kernels.fusion_deferred import Activated, Deferred, Sum, Uses, plain
 from ropeway.kernels.fusion_modules import (
     Recording,
-    RotaryCall,
     Undo,
     close,
     find_activation,
@@ -31,10 +31,10 @@ from ropeway.kernels.fusion_modules import (
     merge,
     norm_forward,
     replace_forward,
-    rotary_calls,
     siblings,
     untouched,
 )
+from ropeway.kernels.fusion_rotary import RotaryCall, rotary_calls, table_forwards
 from ropeway.kernels.probe import allowed_difference, largest_difference, packed_logits
 
 FP32_RELATIVE = 1e-4
@@ -59,6 +59,8 @@ class FusionReport:
     rotations: int = 0
     """Layers that rotate and write K and V in one launch."""
     gates: int = 0
+    tables: int = 0
+    """Modules that give cos and sin."""
     left: list[str] = field(default_factory=list)
     """What stays as it was, and why."""
     difference: float = 0.0
@@ -72,6 +74,7 @@ class FusionReport:
             "of them with the residual": self.residuals,
             "rotations with the KV write": self.rotations,
             "gated activations": self.gates,
+            "tables of angles": self.tables,
         }
         done = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
         return f"fused: {done or 'nothing'}" + (f"; left: {'; '.join(self.left)}" if self.left else "")
@@ -123,6 +126,7 @@ class _Fusing:
         self._merge(recording)
         self._rotations(calls)
         self._leaves(recording)
+        self._tables(recording)
         self._sums()
         forwards: list[None] = []
         handle = self._model.register_forward_pre_hook(lambda *_: forwards.append(None))
@@ -178,6 +182,11 @@ class _Fusing:
             if activation is not None:
                 self._put("gate", None, replace_forward(module, _activation_forward(activation, self._uses["gate"])))
                 self._report.gates += 1
+
+    def _tables(self, recording: Recording) -> None:
+        for module, forward in table_forwards(recording, self._max_model_len).items():
+            self._put("table", None, replace_forward(module, forward))
+            self._report.tables += 1
 
     def _sums(self) -> None:
         """What goes from layer to layer defers its additions."""

@@ -5,32 +5,32 @@ Nothing is known of a module's class or name: what one does is read off its inpu
 and off its answers to inputs made up for the purpose.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, rms_norm, rotate_and_write
-from ropeway.kernels.fusion_deferred import Angles, Normed, Rotated, Sum, Uses, plain
+from ropeway.kernels.fused_ops import Activation, Norm, activate, rms_norm
+from ropeway.kernels.fusion_deferred import Normed, Sum, Uses, plain
 
 Undo = Callable[[], None]
 
 
 @dataclass(slots=True)
 class Recording:
-    """The first call of each module without children during plain forwards, in their order."""
+    """What modules without children did during plain forwards, in their order."""
 
     calls: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Input and output, of modules with one tensor each."""
+    """Input and output of the first call, of modules with one tensor each."""
+    others: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    """Every call of the other modules: arguments and output."""
 
     def watch(self, model: nn.Module) -> Undo:
         """Record from now on; returns what ends it."""
         leaves = [module for module in model.modules() if not any(module.children())]
-        handles = [module.register_forward_hook(self._note) for module in leaves]
+        handles = [module.register_forward_hook(self._note, with_kwargs=True) for module in leaves]
 
         def end() -> None:
             for handle in handles:
@@ -38,9 +38,11 @@ class Recording:
 
         return end
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             self.calls.setdefault(module, (args[0], output))
+        else:
+            self.others.append((module, args, kwargs, output))
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
@@ -239,92 +241,3 @@ def find_activation(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Acti
         if isinstance(right, torch.Tensor) and close(activate(made_up, kind), right) and close(activate(x, kind), y):
             return kind
     return None
-
-
-# --- rotary embeddings
-
-
-class RotaryCall:
-    """Stands for a model's function (q, k, cos, sin) -> rotated q and k in one module; defers once it knows how."""
-
-    def __init__(self, function: Callable[..., tuple[torch.Tensor, torch.Tensor]], uses: Uses) -> None:
-        self.rotation: Rotation | None = None
-        self._function = function
-        self._uses = uses
-        self._seen: tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        usual = not args and not kwargs and q.dim() == k.dim() == 4 and cos.dim() == 3
-        if usual and self.rotation is not None and q.shape[0] == cos.shape[0] == 1 and q.shape[2] == cos.shape[1]:
-            angles = Angles(q, k, cos, sin, self.rotation, self._function)
-            return Rotated(q, angles, 0, None, self._uses), Rotated(k, angles, 1, None, self._uses)
-        q, k = plain((q, k))
-        result = self._function(q, k, cos, sin, *args, **kwargs)
-        if usual and self._seen is None:
-            self._seen = [q, k, cos, sin], result
-        return result
-
-    def learn(self) -> bool:
-        """Find the rotation that does what the recorded call did; whether there is one."""
-        if self._seen is None:
-            return False
-        (q, k, cos, sin), (q_right, k_right) = self._seen
-        self._seen = None
-        width, head = cos.shape[-1], q.shape[-1]
-        if q.shape[0] != 1 or k.shape[1] == 0 or q_right.shape != q.shape or q_right.dtype != q.dtype:
-            return False
-        for pairs, step in ((width // 2, 1), (width // 2, 2), (width, 1)):
-            for interleaved in (False, True):
-                rotation = Rotation(pairs, step, interleaved)
-                if 0 < 2 * pairs <= head and _rotates(rotation, (q, k, cos, sin), (q_right, k_right)):
-                    self.rotation = rotation
-                    return True
-        return False
-
-
-def _rotates(
-    rotation: Rotation,
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    right: tuple[torch.Tensor, torch.Tensor],
-) -> bool:
-    """Whether this rotation gives the right q and k."""
-    q, k, cos, sin = (tensor[0] for tensor in given)
-    tokens = q.shape[1]
-    pools = [k.new_zeros(1, tokens, k.shape[0], k.shape[2]) for _ in range(2)]
-    heads = Unrotated(q.transpose(0, 1), None), Unrotated(k.transpose(0, 1), None)
-    slots = torch.arange(tokens, device=q.device)
-    out = rotate_and_write(*heads, k.transpose(0, 1), cos, sin, rotation, slots, pools[0], pools[1])
-    return close(out.transpose(0, 1), right[0][0]) and close(pools[0][0].transpose(0, 1), right[1][0])
-
-
-def rotary_calls(model: nn.Module, uses: Uses) -> tuple[list[RotaryCall], Undo]:
-    """Put a `RotaryCall` in the place of the rotation that a module's forward calls by a global name.
-
-    Each such module gets a copy of its forward with globals of its own, so that nothing outside it changes.
-    """
-    calls, undos = [], []
-    for module in model.modules():
-        forward = type(module).forward
-        if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__") or not untouched(module):
-            continue
-        names = [name for name in forward.__code__.co_names if _is_rotation(forward.__globals__.get(name))]
-        if len(names) != 1:
-            continue
-        call = RotaryCall(forward.__globals__[names[0]], uses)
-        scope = forward.__globals__ | {names[0]: call}
-        copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-        copy.__kwdefaults__ = forward.__kwdefaults__
-        undos.append(replace_forward(module, MethodType(copy, module)))
-        calls.append(call)
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return calls, undo
-
-
-def _is_rotation(value: Any) -> bool:
-    return isinstance(value, FunctionType) and list(inspect.signature(value).parameters)[:4] == ["q", "k", "cos", "sin"]

@@ -1,7 +1,7 @@
 """Rotary embedding and KV write on the GPU, in Triton: q and k rotated, k and v stored in the pool, in one launch.
 
-Where a model normalises each head of q and k before it rotates them, that happens in the same pass. Knows
-tokens, heads and slots, no model. `fused_ops.py` has the reference in torch.
+Where a model normalises each head of q and k before it rotates them, that happens in the same pass. The tables of cos
+and sin are a launch per forward. Knows tokens, heads and slots, no model. `fused_ops.py` has the reference in torch.
 
     one program     one token, BLOCK_H heads: of q first, then of k and v together
     pair i          numbers i and PAIRS + i of a head (half-split), or 2 i and 2 i + 1 (interleaved)
@@ -18,7 +18,7 @@ import torch
 from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
 
 if TYPE_CHECKING:
-    from ropeway.kernels.fused_ops import Rotation, Unrotated
+    from ropeway.kernels.fused_ops import Frequencies, Rotation, Unrotated
 
 try:
     import triton.language as tl
@@ -70,6 +70,47 @@ def rotate_and_write(
         num_warps=2,
     )
     return out
+
+
+def angle_tables(
+    positions: torch.Tensor, frequencies: Frequencies, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fused_ops.angle_tables`."""
+    positions = positions.contiguous()
+    shape = *positions.shape, frequencies.width
+    cos, sin = (torch.empty(shape, dtype=dtype, device=positions.device) for _ in range(2))
+    _angle_tables[(positions.numel(),)](
+        *(positions, frequencies.inverse, cos, sin, frequencies.scaling),
+        PAIRS=len(frequencies.inverse),
+        WIDTH=frequencies.width,
+        REPEATED=frequencies.layout == "repeated",
+        BLOCK=next_power_of_2(frequencies.width),
+        num_warps=1,
+    )
+    return cos, sin
+
+
+@jit()
+def _angle_tables(
+    positions,
+    inverse,
+    cos,
+    sin,
+    scaling,
+    PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REPEATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token's row of both tables."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    pair = column // 2 if REPEATED else column % PAIRS
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(inverse + pair, mask=mask, other=0)
+    here = token * WIDTH + column
+    tl.store(cos + here, (tl.cos(angle) * scaling).to(cos.dtype.element_ty), mask=mask)
+    tl.store(sin + here, (tl.sin(angle) * scaling).to(sin.dtype.element_ty), mask=mask)
 
 
 @jit()

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from ropeway.kernels import triton_mlp, triton_norm, triton_rope
-from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, gated, rms_norm, rotate_and_write
+from ropeway.kernels.fused_ops import (
+    Activation,
+    Frequencies,
+    Layout,
+    Norm,
+    Rotation,
+    Unrotated,
+    activate,
+    angle_tables,
+    gated,
+    rms_norm,
+    rotate_and_write,
+)
 from ropeway.kernels.triton_norm import rows_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +98,18 @@ def test_activations_are_torchs_own() -> None:
     assert torch.equal(activate(x, "silu"), F.silu(x))
     assert torch.equal(activate(x, "gelu"), F.gelu(x))
     assert torch.equal(activate(x, "gelu_tanh"), F.gelu(x, approximate="tanh"))
+
+
+@pytest.mark.parametrize("layout", ["halves", "repeated", "once"])
+def test_angle_tables(layout: Layout) -> None:
+    """Guards large positions, where a cosine that is only approximate is off by more than a rounding."""
+    positions = torch.tensor([[0, 1, 7], [900, 65_537, 131_071]])
+    frequencies = Frequencies(1 / 10_000 ** (torch.arange(6) / 6), 1.5, layout)
+    right = angle_tables(positions, frequencies, torch.float32)
+    moved = Frequencies(frequencies.inverse.to(DEVICE), 1.5, layout)
+    found = triton_rope.angle_tables(positions.to(DEVICE), moved, torch.float32)
+    for table, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(table.cpu(), expected, rtol=0, atol=1e-6)
 
 
 SIZES = [  # q heads, kv heads, head, head of v, pairs

@@ -17,7 +17,7 @@ from ragged_steps import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from ropeway.kernels import fused_ops, fusion_deferred, fusion_modules
+from ropeway.kernels import fused_ops, fusion_deferred, fusion_modules, fusion_rotary
 from ropeway.kernels.fused_ops import Norm, Rotation
 from ropeway.kernels.fusion import FusionReport, fuse
 from ropeway.kernels.fusion_modules import Slice
@@ -60,13 +60,16 @@ def test_every_family_says_what_it_said(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "report"),
     [  # two layers each
-        ("llama", FusionReport(merged=4, norms=5, residuals=4, rotations=2, gates=2)),
-        ("qwen3", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2)),  # norms of heads
-        ("gemma2", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2)),  # norms before and after
-        ("phi", FusionReport(merged=2, rotations=2)),  # partial rotation, LayerNorm, no gate
-        ("cohere", FusionReport(merged=4, rotations=2, gates=2)),  # interleaved rotation
-        ("glm", FusionReport(merged=2, norms=5, residuals=4, rotations=2, gates=2)),  # both
-        ("deepseek_v3", FusionReport(merged=4, norms=9, residuals=4, gates=3)),  # rotates parts of heads
+        ("llama", FusionReport(merged=4, norms=5, residuals=4, rotations=2, gates=2, tables=1)),
+        ("qwen3", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1)),  # norms of heads
+        (
+            "gemma2",
+            FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1),
+        ),  # more norms
+        ("phi", FusionReport(merged=2, rotations=2, tables=1)),  # partial rotation, LayerNorm, no gate
+        ("cohere", FusionReport(merged=4, rotations=2, gates=2, tables=1)),  # interleaved rotation
+        ("glm", FusionReport(merged=2, norms=5, residuals=4, rotations=2, gates=2, tables=1)),  # both
+        ("deepseek_v3", FusionReport(merged=4, norms=9, residuals=4, gates=3, tables=1)),  # rotates parts of heads
         ("gpt2", FusionReport()),
     ],
 )
@@ -214,12 +217,12 @@ def test_a_fused_model_that_raises_is_undone(plain_llama: PreTrainedModel, monke
 
 
 def spoil_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fusion_modules.rotate_and_write
+    right = fusion_rotary.rotate_and_write
 
     def wrong(q: Any, k: Any, v: Any, cos: Any, sin: Any, rotation: Rotation, *rest: Any) -> torch.Tensor:
         return right(q, k, v, cos, -sin, rotation, *rest)
 
-    monkeypatch.setattr(fusion_modules, "rotate_and_write", wrong)
+    monkeypatch.setattr(fusion_rotary, "rotate_and_write", wrong)
 
 
 def spoil_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +243,11 @@ def spoil_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion_modules, "activate", lambda x, kind: torch.relu(x))
 
 
+def spoil_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fusion_rotary.angle_tables
+    monkeypatch.setattr(fusion_rotary, "angle_tables", lambda *args: right(*args)[::-1])
+
+
 @pytest.mark.parametrize(
     ("spoil", "left"),
     [
@@ -247,8 +255,9 @@ def spoil_activation(monkeypatch: pytest.MonkeyPatch) -> None:
         (spoil_norm, {"norms": 0, "residuals": 0, "rotations": 2}),
         (spoil_merge, {"merged": 0, "norms": 5}),
         (spoil_activation, {"gates": 0, "norms": 5}),
+        (spoil_tables, {"tables": 0, "rotations": 2}),
     ],
-    ids=["rotation", "norm", "slices", "activation"],
+    ids=["rotation", "norm", "slices", "activation", "tables"],
 )
 def test_a_wrong_part_is_not_used(
     plain_llama: PreTrainedModel,
