@@ -99,6 +99,7 @@ def _bounded(environment: ImmutableSandboxedEnvironment, source: str) -> nodes.T
     """The template with a call of its budget in every body that may run more than once. Raises: TemplateSyntaxError."""
     tree = environment.parse(source)
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
         call = nodes.Call(nodes.Name("_budget", "load"), [], [], None, None)
         node.body.insert(0, nodes.Output([call]).set_lineno(node.lineno))
     return tree

@@ -15,6 +15,7 @@ from ropeway import __version__
 from ropeway.scheduler.messages import EngineReady, EngineReport
 from ropeway.scheduler.processes import WorkerContext
 from ropeway.scheduler.supervisor import StartError, Supervisor
+from ropeway.server.environment import read_environment
 from ropeway.server.errors import UsageError
 from ropeway.server.keys import KeyRing
 from ropeway.server.settings import (
@@ -90,7 +91,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings]:
         raise UsageError(f"{word!r} is one argument too many: one MODEL is served.")
     if namespace.command is None:
         raise UsageError("Say what to do: `ropeway serve`, or `ropeway --help`.")
-    settings = load_settings(vars(namespace), os.environ)
+    names = [env_name("config"), *(env_name(item.name) for item, _ in flag_fields())]
+    environ, warnings = read_environment(os.environ, names)
+    for warning in warnings:
+        print(f"ropeway: {warning}", file=sys.stderr)
+    settings = load_settings(vars(namespace), environ)
     check_model_folder(settings.model)
     KeyRing.load(settings)
     return namespace.command, settings

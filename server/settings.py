@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ropeway.scheduler.config import EngineConfig
+from ropeway.server.chat_template import ChatTemplate
 from ropeway.server.errors import UsageError
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -70,12 +71,15 @@ def parse_workers(text: str) -> str:
 
 def parse_template(text: str) -> str:
     """A file's text, or the template itself if it looks like one."""
-    if "{" in text:
-        return text
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise ValueError("wants a template's text or a file of it that can be read") from None
+    source = text
+    if "{" not in text:
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise ValueError("wants a template's text or a file of it that can be read") from None
+    if broken := ChatTemplate(source, {}).broken:
+        raise ValueError(f"wants a Jinja template, and this one is broken ({broken})")
+    return source
 
 
 SERVER, MODEL, BATCH, LIMITS, SECURITY = "Server", "Model", "Batch and memory", "Limits", "Access"

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ropeway import __version__
 from ropeway.scheduler.messages import EngineReady, EngineReport, Heartbeat, LoadFailed, ModelInfo
+from ropeway.server.chat_template import ChatTemplate
 from ropeway.server.presets import DEFAULT_FILE, file_name, not_done
 from ropeway.server.settings import Settings
 
@@ -66,9 +67,18 @@ class StartScreen:
                 self._console.print("The engine runs again.")
                 return
             self._ready_once = True
-            self._console.print(plan_table(report.info, self._settings))
+            self._print_plan(plan_rows(report.info, self._settings))
             if self._url:
                 self._console.print(self._invitation(self._url), soft_wrap=True)
+
+    def _print_plan(self, rows: list[tuple[str, str]]) -> None:
+        """Model, memory plan, limits and access: a table that fits the terminal, or a line each, however long."""
+        if self._console.is_terminal:
+            self._console.print(plan_table(rows))
+            return
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            self._console.print(f"{name:<{width}}  {escape(text)}", soft_wrap=True)
 
     def _progress(self, stage: str, progress: float) -> None:
         if self._status is not None:
@@ -77,7 +87,7 @@ class StartScreen:
         step = (stage, int(progress / PROGRESS_STEP))
         if step != self._told:
             self._told = step
-            self._console.print(f"  {escape(stage)} ({progress:.0%})")
+            self._console.print(f"  {escape(stage)} ({progress:.0%})", soft_wrap=True)
 
     def _invitation(self, url: str) -> str:
         key = " -H 'Authorization: Bearer KEY'" if self._settings.has_keys else ""
@@ -88,12 +98,12 @@ class StartScreen:
         )
 
 
-def plan_table(info: ModelInfo, settings: Settings) -> Table:
-    """Model, memory plan, limits and access in two columns."""
+def plan_table(rows: list[tuple[str, str]]) -> Table:
+    """The screen's lines in two columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    for name, text in plan_rows(info, settings):
+    for name, text in rows:
         table.add_row(name, escape(text))
     return table
 
@@ -118,9 +128,21 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
             f"tokens per step, {settings.max_queued_requests} choices in flight",
         ),
         ("API workers", str(settings.num_api_workers)),
+        ("chat", chat_line(info, settings)),
         ("sampling", sampling_defaults(info, settings)),
         ("access", access_line(settings)),
     ]
+
+
+def chat_line(info: ModelInfo, settings: Settings) -> str:
+    """Which chat template there is, and whether it is one."""
+    path = Path(info.text_dir) / "chat_template.jinja"
+    if not path.exists():
+        return "no chat template: /v1/chat/completions refuses messages; --chat-template gives one"
+    broken = ChatTemplate(path.read_text(encoding="utf-8"), {}).broken
+    if broken:
+        return f"the model's chat template is broken ({broken}); --chat-template gives another"
+    return "the template of --chat-template" if settings.chat_template else "the model's own template"
 
 
 def sampling_defaults(info: ModelInfo, settings: Settings) -> str:

@@ -104,6 +104,14 @@ class TextTokenizer:
         """Text of whole ids; unknown ids are left out."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    async def decode_long(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The same for any number of ids: many go to a thread, where `decode_batch` releases the GIL."""
+        if len(ids) <= INLINE_CHARS:
+            return self.decode(ids, skip_special_tokens=skip_special_tokens)
+        loop = asyncio.get_running_loop()
+        (text,) = await loop.run_in_executor(self._pool, self.backend.decode_batch, [list(ids)], skip_special_tokens)
+        return str(text)
+
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves it out."""
         return token_id in self._special_ids
@@ -147,12 +155,11 @@ class TextTokenizer:
     def _eos_token_ids(self) -> frozenset[int]:
         """The ids that end an answer: generation_config's, else the eos token's."""
         given = self.generation_config.get("eos_token_id")
-        if given is None:
-            eos = self.special_tokens.get("eos_token")
-            given = self.backend.token_to_id(eos) if eos else None
-        if given is None:
-            return frozenset()
-        return frozenset(given if isinstance(given, list) else [given])
+        ids = [id for id in (given if isinstance(given, list) else [given]) if type(id) is int]  # true is none
+        eos = self.special_tokens.get("eos_token")
+        if not ids and isinstance(eos, str) and (id := self.backend.token_to_id(eos)) is not None:
+            return frozenset([id])
+        return frozenset(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -98,3 +98,13 @@ def test_the_supervisors_process_stays_light() -> None:
         "import ropeway.server.cli, sys; sys.exit(bool({'torch', 'prometheus_client', 'fastapi'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def test_misspelt_variables_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the way from the environment to the screen: a warning, and the server starts all the same."""
+    monkeypatch.setenv("ROPEWAY_PORTS", "9000")
+    monkeypatch.setenv("ROPEWAY_PORT", "tcp://10.0.0.7:8000")
+    _, settings = parse(["serve"])
+    assert settings.port == 8000
+    error = capsys.readouterr().err
+    assert "ropeway: There is no variable ROPEWAY_PORTS" in error and "enableServiceLinks" in error

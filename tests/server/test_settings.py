@@ -48,6 +48,8 @@ def test_precedence(tmp_path: Path) -> None:
         ({"device": "tpu"}, ["--device", "cuda:N"]),
         ({"kv_cache_memory_bytes": "2 apples"}, ["--kv-cache-memory-bytes", "2GiB"]),
         ({"chat_template": "/no/such/file"}, ["--chat-template", "a file of it that can be read"]),
+        ({"chat_template": "{% if x %}"}, ["--chat-template", "is broken (line 1: ", "{% if x %}"]),
+        ({"chat_template": "{{ x | nothing }}"}, ["--chat-template", "is broken (", "nothing"]),
         ({"max_num_seqs": "100", "max_num_batched_tokens": "50"}, ["--max-num-batched-tokens", "--max-num-seqs"]),
         ({"root_path": "llm"}, ["--root-path"]),
         ({"host": "0.0.0.0"}, ["--host 0.0.0.0", "--api-key", "--no-auth"]),

@@ -10,7 +10,7 @@ from tiny_text import write_text_dir
 
 from ropeway.scheduler.messages import EngineReady, Heartbeat, LoadFailed
 from ropeway.server.settings import Settings
-from ropeway.server.start_screen import StartScreen, access_line, count, plan_rows, sampling_defaults, size
+from ropeway.server.start_screen import StartScreen, access_line, chat_line, count, plan_rows, sampling_defaults, size
 
 
 def shown(settings: Settings, *reports: Heartbeat | EngineReady | LoadFailed, url: str | None = "http://x:1") -> str:
@@ -43,6 +43,29 @@ def test_one_screen(tmp_path: Path) -> None:
     ):
         assert words in text
     assert len(text.splitlines()) < 24 and max(map(len, text.splitlines())) < 120
+
+
+def test_logs_have_whole_lines(tmp_path: Path) -> None:
+    """Guards logs: what is no terminal has no width, so nothing is wrapped at 80 columns and nothing padded."""
+    info = model_info(write_text_dir(tmp_path), layout_reason="packed: " + "word " * 40 + "end")
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    StartScreen(Settings(), None, console).on_report(EngineReady(1, info))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert any("packed: word" in line and line.endswith("end") for line in lines)
+    assert all(line == line.rstrip() and not line.startswith(" ") for line in lines)
+
+
+def test_chat_line(tmp_path: Path) -> None:
+    """Guards `ropeway check`: a model without a chat template, or with a broken one, says so before it serves."""
+    folder = write_text_dir(tmp_path)
+    info = model_info(folder)
+    assert chat_line(info, Settings()) == "the model's own template"
+    assert chat_line(info, Settings(chat_template="{{ x }}")) == "the template of --chat-template"
+    (folder / "chat_template.jinja").write_text("{% if x %}")
+    assert "is broken (line 1: " in chat_line(info, Settings())
+    (folder / "chat_template.jinja").unlink()
+    assert chat_line(info, Settings()).startswith("no chat template")
 
 
 def test_progress_without_a_terminal() -> None:

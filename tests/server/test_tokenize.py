@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from shell import check_error, client, make_services
 from tiny_text import write_text_dir
 
+from ropeway.server import tokenize
 from ropeway.server.app import create_app
 from ropeway.server.keys import KeyRing
 from ropeway.server.tokenize import DetokenizeBody, TokenizeBody
@@ -56,6 +57,38 @@ async def test_detokenize(app: FastAPI) -> None:
     ids = (await post(app, "/tokenize", {"prompt": "one two"}))["tokens"]
     assert await post(app, "/detokenize", {"tokens": ids}) == {"prompt": "<s>onetwo"}
     assert await post(app, "/detokenize", {"tokens": []}) == {"prompt": ""}
+
+
+async def test_long_texts_are_few(app: FastAPI) -> None:
+    """Guards prompts, which wait for the same threads: of many long texts most are told to come again; short ones
+    and those after them pass."""
+    long, short = {"prompt": "one " * 1000}, {"prompt": "one"}
+    ids = {"tokens": [3] * 1000}
+    async with client(app) as http:
+        for path, body in (("/tokenize", long), ("/detokenize", ids)):
+            answers = await asyncio.gather(*(http.post(path, json=body) for _ in range(3 * tokenize.MAX_LONG)))
+            busy = [answer for answer in answers if answer.status_code != 200]
+            assert 0 < len(busy) <= 2 * tokenize.MAX_LONG
+            for answer in busy:
+                check_error(answer, 503, "server_overloaded")
+                assert answer.headers["retry-after"] == "1"
+            answers = await asyncio.gather(*(http.post("/tokenize", json=short) for _ in range(30)))
+            assert {answer.status_code for answer in answers} == {200}
+            for _ in range(2 * tokenize.MAX_LONG):
+                assert (await http.post(path, json=body)).status_code == 200
+
+
+async def test_length_is_bounded(app: FastAPI) -> None:
+    """Guards the threads: no text is longer than what is worked on in a second."""
+    text = "x" * (tokenize.MAX_CHARS + 1)
+    message = [{"role": "user", "content": text}]
+    async with client(app) as http:
+        for path, body, param in (
+            ("/tokenize", {"prompt": text}, "prompt"),
+            ("/tokenize", {"messages": message}, "messages"),
+            ("/detokenize", {"tokens": [3] * (tokenize.MAX_IDS + 1)}, "tokens"),
+        ):
+            assert check_error(await http.post(path, json=body), 400, "invalid_value")["param"] == param
 
 
 @pytest.mark.parametrize(

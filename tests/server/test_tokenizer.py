@@ -36,6 +36,9 @@ def test_eos_falls_back_to_the_token(tmp_path: Path) -> None:
     assert TextTokenizer(backend, {"eos_token": "</s>"}).eos_token_ids == {1}
     assert TextTokenizer(backend, {"eos_token": "</s>"}, None, {"eos_token_id": 3}).eos_token_ids == {3}
     assert TextTokenizer(backend).eos_token_ids == frozenset()
+    for wrong in ("</s>", 3.0, True, [None, "3"], {"id": 3}, []):  # a file is anything at all
+        assert TextTokenizer(backend, {"eos_token": "</s>"}, None, {"eos_token_id": wrong}).eos_token_ids == {1}
+    assert TextTokenizer(backend, {"eos_token": 7}, None, {"eos_token_id": [3, "x"]}).eos_token_ids == {3}
 
 
 async def test_long_texts_leave_the_loop() -> None:
