@@ -276,24 +276,28 @@ class EngineClient:
         self._push.send(self._encode(message), zmq.NOBLOCK)
 
     def _hear_engine(self) -> None:
-        """Reads until nothing is left: the descriptor tells of news only once."""
+        """Reads until nothing is left: the descriptor tells of news only once. Each stream is woken once."""
+        news: dict[int, RequestStream] = {}
         while self._pull:
             try:
                 message = self._decode(self._pull.recv(zmq.NOBLOCK))
             except zmq.Again:
-                return
+                break
             if message.generation != self._beat.generation:
                 continue
             if isinstance(message, StepOutputs):
                 for output in message.rows:
-                    self._on_output(output)
+                    self._on_output(output, news)
             else:
                 self._on_ready(message)
+        for stream in news.values():
+            stream.wake()
 
-    def _on_output(self, output: RowOutput) -> None:
+    def _on_output(self, output: RowOutput, news: dict[int, RequestStream]) -> None:
         stream = self._streams.get(output.request_id)
         if stream:
             stream.take(output)
+            news[output.request_id] = stream
             if stream.finished:
                 del self._streams[output.request_id]
 

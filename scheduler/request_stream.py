@@ -54,6 +54,7 @@ class RequestStream:
         self._pending: dict[int, RowOutput] = {}
         self._error: EngineError | None = None
         self._wake = asyncio.Event()
+        self._listener: Callable[[], None] = _nobody
         self._since_death: Counter[int] = Counter()  # tokens of each choice
         self.deaths = 0
         """Engines that died with it; none again once a choice got `FORGIVEN_TOKENS` from the next engine."""
@@ -62,15 +63,29 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> list[RowOutput]:
-        while not self._pending:
-            if self._error:
-                raise self._error
-            if not self._open:
+        while not (outputs := self.poll()):
+            if outputs is None:
                 raise StopAsyncIteration
             self._wake.clear()
             await self._wake.wait()
-        outputs, self._pending = list(self._pending.values()), {}
         return outputs
+
+    def poll(self) -> list[RowOutput] | None:
+        """What came since the last time; empty if nothing did, None if nothing more will come.
+
+        For who listens instead of waiting. Raises Quarantined or EngineFailed, after the last tokens.
+        """
+        if self._pending:
+            outputs = list(self._pending.values())
+            self._pending.clear()
+            return outputs
+        if self._error:
+            raise self._error
+        return [] if self._open else None
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """`listener` is called whenever there may be news, at most once per message of the engine. It must not raise."""
+        self._listener = listener
 
     def abort(self, choice: int | None = None) -> None:
         """Ends one choice, or all; nothing more comes of it. Idempotent, also after the end."""
@@ -80,7 +95,7 @@ class RequestStream:
         self._open = self._open - ended
         for index in ended:
             self._pending.pop(index, None)
-        self._wake.set()
+        self._wake.set()  # the listener is who aborts
         self._forget(self, choice if self._open else None)
 
     @property
@@ -89,7 +104,7 @@ class RequestStream:
         return not self._open
 
     def take(self, output: RowOutput) -> None:
-        """One step's output of one choice. Called by the client."""
+        """One step's output of one choice. Called by the client, which calls `wake` when all choices have theirs."""
         index = output.choice
         if index not in self._open:
             return  # crossed our abort
@@ -104,7 +119,11 @@ class RequestStream:
             self._open.discard(index)
         waiting = self._pending.get(index)
         self._pending[index] = merge(waiting, output) if waiting else output
+
+    def wake(self) -> None:
+        """There is news for the consumer. Called by the client."""
         self._wake.set()
+        self._listener()
 
     def lose_engine(self) -> None:
         """An engine died with it. Called by the client."""
@@ -115,12 +134,16 @@ class RequestStream:
         """Ends the stream with an error. Called by the client."""
         self._open = set()
         self._error = error
-        self._wake.set()
+        self.wake()
 
     def resume_request(self, generation: int) -> AddRequest:
         """What asks this generation of the engine for the rest. Called by the client."""
         starts = [ChoiceStart(index, self._emitted[index]) for index in sorted(self._open)]
         return msgspec.structs.replace(self._request, generation=generation, choices=starts)
+
+
+def _nobody() -> None:
+    """Listens to nothing."""
 
 
 def merge(first: RowOutput, second: RowOutput) -> RowOutput:

@@ -6,7 +6,7 @@ Knows the engine client, the detokenizer and stop strings. Knows no protocol, no
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -22,7 +22,7 @@ from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogpr
 from ropeway.server.stop_strings import StopAutomaton, StopMatcher
 from ropeway.server.tokenizer import TextTokenizer
 
-Outcome = Literal["stop", "length", "error", "disconnected", "timeout"]
+Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejected"]
 
 LOWEST_LOGPROB = -9999.0
 """Stands for -inf, which JSON cannot say."""
@@ -42,9 +42,9 @@ class Observer(Protocol):
 class Rows(Protocol):
     """The tokens of one submitted request; `scheduler.client.RequestStream` is one."""
 
-    def __aiter__(self) -> AsyncIterator[list[RowOutput]]: ...
+    def poll(self) -> list[RowOutput] | None: ...
 
-    async def __anext__(self) -> list[RowOutput]: ...
+    def listen(self, listener: Callable[[], None]) -> None: ...
 
     def abort(self, choice: int | None = None) -> None: ...
 
@@ -154,7 +154,7 @@ def finite(logprob: float) -> float:
 class _Prompt:
     """One submitted request and its choices."""
 
-    __slots__ = ("choices", "request", "rows")
+    __slots__ = ("choices", "request", "rows", "unfinished")
 
     def __init__(
         self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer, automaton: StopAutomaton | None
@@ -162,82 +162,100 @@ class _Prompt:
         self.request = request
         self.rows = rows
         self.choices = [_Choice(request.first_index + i, request, tokenizer, automaton) for i in range(request.n)]
+        self.unfinished = request.n
 
 
 class Generation:
-    """What `Generator.start` gives: iterate it to the end, then close it. Not restartable, one consumer.
+    """What `Generator.start` gives: take from it to the end, then close it. Not restartable, one consumer.
 
-    Iteration yields one list per wake-up: everything that came since the last one, one `ChoiceDelta` per choice.
-    Nothing is taken from the engine's stream while nobody asks, so a slow reader's deltas coalesce.
-    Raises ApiError: 500 `engine_error`, 503 `draining`, 504 `deadline_exceeded`.
+    Iteration yields one list per wake-up: everything that came since the last one, one `ChoiceDelta` per choice. Who
+    cannot wait calls `take` when `listen` says so. Nothing is taken from the engine's stream while nobody asks, so a
+    slow reader's deltas coalesce. Raises ApiError: 500 `engine_error`, 503 `draining`, 504 `deadline_exceeded`.
     """
 
     def __init__(self, prompts: list[_Prompt], observer: Observer) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt.request.prompt_ids) for prompt in prompts))
         self._prompts = prompts
         self._observer = observer
-        self._waits: dict[asyncio.Task[list[RowOutput] | None], _Prompt] = {}
+        self._news = asyncio.Event()
+        self._listener = self._news.set
         self._failure: ApiError | None = None
         self._closed = False
+        for prompt in prompts:
+            prompt.rows.listen(self._on_news)
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         return self
 
     async def __anext__(self) -> list[ChoiceDelta]:
-        while self._failure is None:
-            if all(choice.finished for prompt in self._prompts for choice in prompt.choices):
+        while not (deltas := self.take()):
+            if self._failure is not None:
+                raise self._failure
+            if self.over:
                 raise StopAsyncIteration
-            deltas = self._update(await self._pull())
-            if deltas:
-                for delta in deltas:
-                    self._observer.observe(delta)
-                return deltas
-        raise self._failure
+            self._news.clear()
+            await self._news.wait()
+        return deltas
 
-    async def _pull(self) -> list[tuple[_Prompt, list[RowOutput]]]:
-        """What came for any prompt, waiting until something does. A failure is kept for after the deltas."""
-        if len(self._prompts) == 1:
-            prompt = self._prompts[0]
-            rows = await self._next(prompt)
-            return [(prompt, rows)] if rows else []
-        waiting = set(self._waits.values())
+    @property
+    def over(self) -> bool:
+        """Whether every choice has ended, or the generation has failed: iteration has nothing more to wait for."""
+        return self._failure is not None or not any(prompt.unfinished for prompt in self._prompts)
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """`listener`, which must not raise, is called when there may be something to take; None: iteration is woken."""
+        self._listener = listener or self._news.set
+
+    def _on_news(self) -> None:
+        self._listener()
+
+    def take(self) -> list[ChoiceDelta]:
+        """What came for any prompt; empty if nothing did. A failure is kept for after the deltas."""
+        if self._failure is not None:
+            return []
+        deltas: dict[int, ChoiceDelta] = {}
         for prompt in self._prompts:
-            if prompt not in waiting and not all(choice.finished for choice in prompt.choices):
-                self._waits[asyncio.create_task(self._next(prompt))] = prompt
-        done, _ = await asyncio.wait(self._waits, return_when=asyncio.FIRST_COMPLETED)
-        came = [(self._waits.pop(task), task.result()) for task in done]
-        return [(prompt, rows) for prompt, rows in came if rows]
+            if prompt.unfinished:
+                self._update(prompt, self._poll(prompt), deltas)
+        taken = list(deltas.values())
+        for delta in taken:
+            self.usage.completion_tokens += len(delta.token_ids)
+            self._observer.observe(delta)
+        return taken
 
-    async def _next(self, prompt: _Prompt) -> list[RowOutput] | None:
+    def _poll(self, prompt: _Prompt) -> list[RowOutput]:
         try:
-            return await anext(prompt.rows)
-        except StopAsyncIteration:
-            self._failure = engine_failure("The engine ended the request early.")
+            rows = prompt.rows.poll()
         except EngineError as error:
             self._failure = api_error(error)
-        return None
+            return []
+        if rows is None:
+            self._failure = engine_failure("The engine ended the request early.")
+            return []
+        return rows
 
-    def _update(self, came: list[tuple[_Prompt, list[RowOutput]]]) -> list[ChoiceDelta]:
-        """Rows to deltas. A choice that a stop string ended is aborted at once."""
-        deltas: dict[int, ChoiceDelta] = {}
-        for prompt, rows in came:
-            for row in rows:
-                choice = prompt.choices[row.choice]
-                if choice.finished:
-                    continue  # computed after the stop string
-                if row.finish_reason in ("error", "timeout", "abort"):
-                    self._failure = row_error(row)
-                    if not row.token_ids:
-                        continue
-                    row = msgspec.structs.replace(row, finish_reason=None)
-                delta = deltas.setdefault(choice.index, ChoiceDelta(choice.index))
-                choice.take(row, delta)
-                delta.cached_tokens += row.cached_tokens or 0
-                self.usage.cached_tokens += (row.cached_tokens or 0) if row.choice == 0 else 0
-                if choice.finished and row.finish_reason is None:
+    def _update(self, prompt: _Prompt, rows: list[RowOutput], deltas: dict[int, ChoiceDelta]) -> None:
+        """Rows to deltas, by choice. A choice that a stop string ended is aborted at once."""
+        for row in rows:
+            choice = prompt.choices[row.choice]
+            if choice.finished:
+                continue  # computed after the stop string
+            if row.finish_reason in ("error", "timeout", "abort"):
+                self._failure = row_error(row)
+                if not row.token_ids:
+                    continue
+                row = msgspec.structs.replace(row, finish_reason=None)
+            delta = deltas.get(choice.index)
+            if delta is None:
+                delta = deltas[choice.index] = ChoiceDelta(choice.index)
+            choice.take(row, delta)
+            if row.cached_tokens:
+                delta.cached_tokens += row.cached_tokens
+                self.usage.cached_tokens += row.cached_tokens if row.choice == 0 else 0
+            if choice.finished:
+                prompt.unfinished -= 1
+                if row.finish_reason is None:
                     prompt.rows.abort(row.choice)
-        self.usage.completion_tokens += sum(len(delta.token_ids) for delta in deltas.values())
-        return list(deltas.values())
 
     def close(self, outcome: Outcome | None = None) -> None:
         """Aborts in the engine whatever is unfinished and tells the observer. Idempotent: the first call counts."""
@@ -245,10 +263,8 @@ class Generation:
             return
         self._closed = True
         for prompt in self._prompts:
-            if not all(choice.finished for choice in prompt.choices):
+            if prompt.unfinished:
                 prompt.rows.abort()
-        for task in self._waits:
-            task.cancel()
         if self._failure is not None:
             outcome = "timeout" if self._failure.status == 504 else "error"
         self._observer.finish(outcome)

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from ropeway.scheduler.process_metrics import ProcessMetrics
 from ropeway.server.admission import RejectReason, Ticket
 from ropeway.server.request import ChoiceDelta
+from ropeway.server.tally import Tally
 
 if TYPE_CHECKING:
     from ropeway.server.services import Services
@@ -53,7 +54,8 @@ class RequestMetrics:
         self.http = self._counter("http_requests", "HTTP responses.", "route", "method", "status")
         self.key_tokens = self._counter("key_tokens", "Tokens per key.", "key_id", "kind")
         self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_S)
-        self.itl = self._histogram("inter_token_latency_seconds", "Between two outputs of a choice.", ITL_S)
+        itl = self._histogram("inter_token_latency_seconds", "Between two outputs of a choice.", ITL_S)
+        self.itl = Tally(itl, ITL_S)
         self.tpot = self._histogram("request_time_per_output_token_seconds", "Mean per choice after its first.", ITL_S)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to end.", REQUEST_S)
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", TOKENS)
@@ -108,7 +110,7 @@ class _ChoiceTimes:
 class RequestRecord:
     """One admitted request: its place in the queue, its times and its tokens. The stream layer calls it.
 
-    It costs one histogram observation per wake-up and choice, nothing per token.
+    It costs no histogram observation before its end but one, see `Tally`.
     """
 
     metrics: RequestMetrics
@@ -168,6 +170,7 @@ class RequestRecord:
         self.ticket.release()
         metrics = self.metrics
         metrics.requests.labels(metrics.model_name, self.outcome).inc()
+        metrics.itl.flush()
         metrics.e2e.observe(time.monotonic() - self.arrival)
         metrics.prompt_tokens.observe(self.prompt_tokens)
         metrics.generation_tokens.observe(self.output_tokens)
@@ -184,6 +187,7 @@ async def watch_loop(metrics: RequestMetrics, process: ProcessMetrics, is_ready:
         due = loop.time() + WATCH_S
         await asyncio.sleep(WATCH_S)
         metrics.loop_lag.observe(max(loop.time() - due, 0.0))
+        metrics.itl.flush()
         process.update()
 
 

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generation, Outcome, collect, engine_failure
+from ropeway.server.http_protocol import BODY_WRITER, BodyWriter
 from ropeway.server.request import ChoiceDelta
 
 KEEP_ALIVE_S = 10.0
@@ -90,10 +91,14 @@ class EventStream(Response):
         self._ended = False
         self._spoke = time.monotonic()
         self._turn = asyncio.Lock()  # tokens and keep-alives are written by two tasks
+        self._writer: BodyWriter | None = None
+        self._parked: asyncio.Future[None] | None = None
+        """Done when `_flow` shall end."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers the request. Raises: ApiError, if nothing was sent yet."""
         outcome: Outcome | None = "error"
+        self._writer = scope.get("extensions", {}).get(BODY_WRITER)
         try:
             await while_connected(self._speak(send), receive)
             outcome = None
@@ -108,6 +113,7 @@ class EventStream(Response):
             async for deltas in self._generation:
                 if data := self._frames.encode(deltas):
                     await self._write(send, data)
+                    await self._flow()
             await self._write(send, self._frames.finish(), last=True)
         except ApiError as error:
             if not self._started:
@@ -123,6 +129,35 @@ class EventStream(Response):
         finally:
             beat.cancel()
             await asyncio.gather(beat, return_exceptions=True)
+
+    async def _flow(self) -> None:
+        """As long as nothing is in the way, tokens are written by the very callback that hears the engine: no task
+        wakes up for them. What that leaves, the loop above takes: an end, a failure, a socket that is full."""
+        if self._writer is None:
+            return
+        self._parked = parked = asyncio.get_running_loop().create_future()
+        self._generation.listen(self._pass_on)
+        try:
+            self._pass_on()
+            await parked
+        finally:
+            self._generation.listen(None)
+
+    def _pass_on(self) -> None:
+        """Writes what there is; ends `_flow` if it cannot go on."""
+        if self._writer is None or self._parked is None or self._parked.done():
+            return
+        try:
+            if self._writer.ready and not self._turn.locked():
+                deltas = self._generation.take()
+                if deltas and (data := self._frames.encode(deltas)):
+                    self._writer.write(data)
+                    self._spoke = time.monotonic()
+                if not self._generation.over:
+                    return
+            self._parked.set_result(None)
+        except Exception as error:  # a bug of ours belongs to its own request
+            self._parked.set_exception(error)
 
     async def _keep_alive(self, send: Send) -> None:
         while True:

@@ -1,8 +1,7 @@
 """An engine that plays a script: what a test wants the rows of each request to be, and what was asked of it."""
 
-import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fake_client import FakeClient
@@ -21,19 +20,16 @@ class ScriptedRows:
     def __init__(self, script: Sequence[Wake], open_end: bool) -> None:
         self._wakes = deque(script)
         self._open_end = open_end
-        self._woken = asyncio.Event()
+        self._listener: Callable[[], None] = lambda: None
         self.taken = 0
         self.aborted: list[int | None] = []
 
-    def __aiter__(self) -> AsyncIterator[list[RowOutput]]:
-        return self
+    def listen(self, listener: Callable[[], None]) -> None:
+        self._listener = listener
 
-    async def __anext__(self) -> list[RowOutput]:
-        while not self._wakes:
-            if not self._open_end or self.aborted:
-                raise StopAsyncIteration
-            self._woken.clear()
-            await self._woken.wait()
+    def poll(self) -> list[RowOutput] | None:
+        if not self._wakes:
+            return [] if self._open_end and not self.aborted else None
         self.taken += 1
         wake = self._wakes.popleft()
         if isinstance(wake, EngineError):
@@ -41,12 +37,12 @@ class ScriptedRows:
         return wake
 
     def feed(self, *wakes: Wake) -> None:
-        self._wakes.extend(wakes)
-        self._woken.set()
+        for wake in wakes:
+            self._wakes.append(wake)
+            self._listener()
 
     def abort(self, choice: int | None = None) -> None:
         self.aborted.append(choice)
-        self._woken.set()
 
 
 @dataclass
