@@ -1,0 +1,156 @@
+"""StepGraphs: which size a step takes; and steps rounded up to sizes, replayed, against steps as they come."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB_SIZE, build
+from ragged_steps import BLOCK_SIZE, CPU
+from replayed import CHUNK, NUM_BLOCKS, ROWS, TrueLengths, repeat, requests, run
+
+from ropeway.kernels.graphs import (
+    PATIENCE,
+    StepGraph,
+    StepGraphs,
+    Uncapturable,
+    decode_sizes,
+    first_sizes,
+    mixed_sizes,
+)
+from ropeway.kernels.kv_pool import KVPool
+from ropeway.kernels.packed import PackedForward
+from ropeway.kernels.runner import ModelRunner
+from ropeway.kernels.sampler import Lines, Sampler
+from ropeway.kernels.sampling_state import SamplingState
+from ropeway.kernels.staging import Size
+from ropeway.kernels.triton_sampler import Kind, TritonSampler
+
+SIZES = [Size(1, 1), Size(4, 4), Size(ROWS, ROWS), Size(12, 4), Size(CHUNK, 4), Size(CHUNK, ROWS), Size(28, ROWS + 1)]
+
+
+class TorchSampler(TritonSampler):
+    """The reference, called as the kernels are: in the interpreter they would take a minute."""
+
+    def launch(self, logits: torch.Tensor, lines: Lines, kind: Kind, bans: Sequence[tuple[int, int]] = ()) -> None:
+        sampled = Sampler.sample(self, logits, lines.slots, lines.positions)
+        lines.token_ids.copy_(sampled.token_ids)
+        lines.finite.copy_(sampled.finite)
+
+
+def make_graphs(sizes: list[Size]) -> StepGraphs:
+    return StepGraphs(sizes, lambda size: StepGraph(size, lambda: None, {}))
+
+
+def graph_runner(sizes: list[Size] | None) -> ModelRunner:
+    """In float64: a flipped token is a bug, and no rounding."""
+    model = build(FAMILIES["llama"]).double()
+    pool = KVPool(NUM_BLOCKS, BLOCK_SIZE, fill=torch.nan)
+    sampler = TorchSampler(SamplingState(ROWS, VOCAB_SIZE, CPU))
+    forward = TrueLengths(PackedForward(model, pool))
+    return ModelRunner(forward, pool, sampler, BLOCK_SIZE, CPU, sizes=sizes, capture=repeat if sizes else None)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rounded_steps_give_the_same_tokens(seed: int) -> None:
+    """Guards pads and static tensors: whatever the step before left in them must not reach a row. Rows join, leave,
+    are preempted, forked and aborted; their prompts come in chunks; sizes are captured in between, too."""
+    plain, rounded = graph_runner(None), graph_runner(SIZES)
+    expected = run(plain, requests(seed), lambda step: None)
+    assert rounded.prepare(lambda stage, share: None) is None
+    static = rounded._staging._static
+
+    def poison(step: int) -> None:
+        static.fill_(0x7E)
+        if step % 9 == 5:
+            rounded.idle_work()
+
+    assert run(rounded, requests(seed), poison) == expected
+    assert not rounded.idle_work()
+
+
+def test_pads_count_as_computed() -> None:
+    """Guards padding_ratio: what a step is rounded up by is computed for nobody."""
+    rounded = graph_runner([Size(16, ROWS + 1), Size(4, 4)])
+    rounded.prepare(lambda stage, share: None)
+    seen = set()
+    launch = rounded.launch
+
+    def spy(step):  # type: ignore[no-untyped-def]
+        flight = launch(step)
+        seen.add((sum(len(row.token_ids) for row in step.rows), len(step.rows), flight.computed_slots))
+        return flight
+
+    rounded.launch = spy  # type: ignore[method-assign]
+    run(rounded, requests(3), lambda step: None)
+    assert {slots for tokens, rows, slots in seen if tokens == rows <= 4} == {4}
+    assert {slots for tokens, rows, slots in seen if rows < tokens <= 16} == {16}
+    assert all(tokens == slots for tokens, rows, slots in seen if tokens > 16)
+
+
+def test_a_step_takes_the_smallest_size_with_room() -> None:
+    """Guards against steps that do not fit: pads need a row, a decode step's sizes are those without chunks."""
+    graphs = make_graphs([Size(4, 4), Size(8, 8), Size(16, 3), Size(16, 9), Size(32, 9)])
+    while graphs.add_next():
+        pass
+    wanted = {
+        (3, 3): (4, 4),
+        (4, 4): (4, 4),
+        (5, 5): (8, 8),
+        (9, 9): None,
+        (5, 2): (16, 3),
+        (16, 3): (16, 3),
+        (15, 3): (16, 9),
+        (17, 9): None,
+        (32, 9): (32, 9),
+        (33, 2): None,
+    }
+    for (tokens, rows), size in wanted.items():
+        graph = graphs.find(Size(tokens, rows))
+        assert (graph and (graph.size.tokens, graph.size.rows)) == size, (tokens, rows)
+
+
+def test_a_missing_size_is_made_up_for() -> None:
+    """Guards busy servers, which are never idle: the next larger size serves, unless it wastes too much; a size that is
+    missed again and again is captured all the same."""
+    graphs = make_graphs([Size(4, 4), Size(8, 8), Size(32, 32)])
+    graphs.add(Size(8, 8))
+    graphs.add(Size(32, 32))
+    found = [graphs.find(Size(3, 3)) for _ in range(PATIENCE)]
+    assert [graph and graph.size.rows for graph in found] == [8] * (PATIENCE - 1) + [4]
+    graphs = make_graphs([Size(4, 4), Size(32, 32)])
+    graphs.add(Size(32, 32))
+    assert [graphs.find(Size(3, 3)) is None for _ in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
+
+
+def test_what_cannot_be_captured_is_tried_once() -> None:
+    """Guards models whose code waits for the device: they are served without graphs, and not tried at every step."""
+    tried = []
+
+    def refuse(size: Size) -> StepGraph:
+        tried.append(size)
+        raise Uncapturable("it waits\nand more")
+
+    graphs = StepGraphs([Size(4, 4), Size(8, 8)], refuse)
+    assert graphs.add_next() and not graphs.add_next()
+    assert graphs.refusal == "it waits"
+    assert graphs.find(Size(4, 4)) is None
+    assert tried == [Size(8, 8)]
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 2048), (5, 128), (64, 512), (256, 8192), (1024, 2048)])
+def test_sizes(rows: int, tokens: int) -> None:
+    """Guards coverage: every step with at most so many rows and 2,048 tokens has a size, and not a much larger one."""
+    sizes = decode_sizes(rows) + mixed_sizes(rows, tokens)
+    assert len(set(sizes)) == len(sizes) < 110
+    graphs = make_graphs(sizes)
+    while graphs.add_next():
+        pass
+    for count in range(1, rows + 1):
+        graph = graphs.find(Size(count, count))
+        assert graph and graph.size.rows <= max(count * 2, count + 8) and graph.size.rows <= rows
+    for count in (129, 200, 511, 2000, 2048):
+        if rows < count <= tokens:
+            graph = graphs.find(Size(count, rows))
+            assert graph and graph.size.tokens <= max(count * 1.5, 256), (count, graph)
+    first = first_sizes(sizes)
+    assert first == sorted(first, reverse=True) and {Size(1, 1), Size(rows, rows)} <= set(first)
