@@ -257,6 +257,8 @@ def _prepare(message: Any, where: str, knows_developer: bool) -> dict[str, Any]:
     for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
         if name in prepared:
             prepared.setdefault(other, prepared[name])
+    if not prepared.get("tool_calls", True):  # templates ask whether there are any by asking for the key
+        del prepared["tool_calls"]
     if "tool_calls" in prepared:
         prepared["tool_calls"] = _prepare_calls(prepared["tool_calls"], f"{where}.tool_calls")
     return prepared

@@ -150,12 +150,14 @@ class OutputParser:
             yield from self._answer(self._format.tools)
 
     def _think(self, shape: ReasoningFormat) -> Steps[None]:
-        if not self._format.thinking:
-            spaces = yield from self._text.spaces()
-            if not (yield from self._text.follows(shape.open)):
-                self._say(spaces)
-                return
-        yield from self._text.up_to((shape.close,), lambda text: self._emit(Reasoning, self._thoughts.add(text)))
+        spaces = yield from self._text.spaces()
+        opened = yield from self._text.follows(shape.open)  # by some models again, where the prompt has done it
+        if not opened and not self._format.thinking:
+            self._say(spaces)
+            return
+        if not opened:
+            self._reason(spaces)
+        yield from self._text.up_to((shape.close,), self._reason)
         self._content.leading = "\n"
 
     def _answer(self, tools: ToolFormat) -> Steps[None]:
@@ -324,6 +326,9 @@ class OutputParser:
 
     def _say(self, text: str) -> None:
         self._emit(Content, self._content.add(text))
+
+    def _reason(self, text: str) -> None:
+        self._emit(Reasoning, self._thoughts.add(text))
 
     def _emit(self, kind: type[Content] | type[Reasoning], text: str) -> None:
         if text:

@@ -72,6 +72,8 @@ TOOL_FORMATS = {
         ),
         ToolFormat("llama", "<|python_tag|>", bare=True),
         ToolFormat("granite", "<|tool_call|>"),
+        ToolFormat("phi", "<|tool_call|>", "<|/tool_call|>"),
+        ToolFormat("nemotron", "<TOOLCALL>", "</TOOLCALL>"),
     )
 }  # fmt: skip
 
@@ -93,8 +95,8 @@ def recognise_tools(template: str) -> ToolFormat | None:
     """The format a template's own calls have, None if it is none of ours."""
     if any(text in template for text in _OTHER_GRAMMARS):
         return None
-    for name in ("mistral", "hermes", "granite", "llama"):
-        if TOOL_FORMATS[name].open in template:
+    for name in ("mistral", "hermes", "nemotron", "phi", "granite", "llama"):
+        if TOOL_FORMATS[name].open in template and TOOL_FORMATS[name].close in template:
             return TOOL_FORMATS[name]
     if "ipython" in template and '"parameters": ' in template:  # Llama 3.2: no marker at all
         return TOOL_FORMATS["llama"]

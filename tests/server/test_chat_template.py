@@ -223,6 +223,7 @@ def test_prepared_messages() -> None:
     assert assistant["content"] == bare["content"] == ""
     assert assistant["reasoning_content"] == "hm"
     assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"a": 1}, "{oops"]
+    assert "tool_calls" not in bare, "Llama's template looks for the key alone"
     assert calls[0]["function"]["arguments"] == '{"a": 1}', "the client's message was changed in place"
 
 

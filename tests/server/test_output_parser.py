@@ -101,7 +101,7 @@ def case(name: str, shape: Any, text: str, content: str = "", calls: Any = (), *
     CASES[name] = (form, text, expected)
 
 
-for shape in (HERMES, LLAMA, MISTRAL, GRANITE):
+for shape in TOOL_FORMATS.values():
     for text in (
         "",
         " \n",
@@ -161,8 +161,8 @@ case("hermes: two in one block", HERMES, f"<tool_call>{call({'a': 1})}\n{call({'
 case("hermes: no closing marker", HERMES, f"<tool_call>{call({'a': 1})}\n<tool_call>{call({'a': 1})}", "", ONE * 2)
 case("hermes: closing marker of nothing", HERMES, "a </tool_call> b", "a </tool_call> b")
 case("hermes: a brace too many", HERMES, f"<tool_call>{call({'a': 1})}}}\n</tool_call> Hi", "}\n Hi", ONE)
-case("hermes: broken arguments", HERMES,
-     '<tool_call>{"name": "f", "arguments": {"a": oops}}</tool_call>' + hermes({"a": 1}), "", [("f", '{"a": oops}}'), *ONE], failures=1)  # fmt: skip
+text = '<tool_call>{"name": "f", "arguments": {"a": oops}}</tool_call>' + hermes({"a": 1})
+case("hermes: broken arguments", HERMES, text, "", [("f", '{"a": oops}}'), *ONE], failures=1)
 case("hermes: brackets that do not match", HERMES, '<tool_call>{"name": "f", "arguments": {"a": [}}</tool_call> Hi',
      " Hi", [("f", '{"a": [}}')], failures=1)  # fmt: skip
 case("hermes: no comma", HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1 "b": 2}}</tool_call>',
@@ -194,6 +194,7 @@ for text in ("<think>", "<think>\n", "<think>\n\n</think>\n\n", "</think>"):
 case("thoughts", None, "\n<think>\n\na <b>\n\nc\n</think>\n\n d\n <think>e</think>\n", " d\n <think>e</think>\n",
      thoughts="a <b>\n\nc", reasoning=THINK)  # fmt: skip
 case("thoughts cut", None, "a\n</thi", thoughts="a\n</thi", reasoning=THINK, thinking=True)
+case("thoughts opened twice", None, "\n<think>\na</think>b", "b", thoughts="a", reasoning=THINK, thinking=True)
 case("no thoughts at all", None, " <thin air>\n", " <thin air>\n", reasoning=THINK)
 case("no format", None, hermes({"a": 1}), hermes({"a": 1}))
 

@@ -18,6 +18,8 @@ LLAMA_3_2 = """{{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' 
 MISTRAL = """{{- "[TOOL_CALLS] [" }}{%- if tool_call.id is not defined or tool_call.id|length != 9 %}"""
 MAGISTRAL = """{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}{{- '[THINK]' + block.thinking + '[/THINK]' }}"""
 GRANITE = """{{- 'respond with <|tool_call|> followed by a JSON list of tools used.' }}"""
+PHI = """{{- '<|tool_call|>' + (tool_call['function'] | tojson) + '<|/tool_call|>' -}}"""
+NEMOTRON = """{{- 'use this: <TOOLCALL>[{"name": "a", "arguments": "b"}]</TOOLCALL>' }}{{- '<think>\n\n</think>' }}"""
 QWEN_CODER = """{{- '<tool_call>\\n<function=' + tool_call.name + '>\\n' }}{{- '<parameter=' + name + '>\\n' }}"""
 GLM = """<tool_call>{{ tc.name }}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value></tool_call></think>"""
 COHERE = """<|START_THINKING|>{{ m.plan }}<|END_THINKING|><|START_ACTION|>["""
@@ -33,6 +35,8 @@ PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{{ 't
         (MISTRAL, "mistral", None),
         (MAGISTRAL, "mistral", "mistral"),
         (GRANITE, "granite", None),
+        (PHI, "phi", None),
+        (NEMOTRON, "nemotron", "think"),
         (QWEN_CODER, None, None),
         (GLM, None, "think"),
         (COHERE, None, "cohere"),

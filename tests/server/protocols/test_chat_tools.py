@@ -246,7 +246,7 @@ async def test_effort_that_changes_nothing() -> None:
 
 async def test_continued_answers() -> None:
     """Guards continue_final_message: text that goes on is content, thoughts that go on are thoughts."""
-    for begun, expected in (("Say", ("<think>a</think>b", "")), ("<think>\nHm", ("b", "<think>a"))):
+    for begun, expected in (("Say", ("<think>a</think>b", "")), ("<think>\nHm", ("b", "a"))):
         messages = [USER, {"role": "assistant", "content": begun}]
         answer, _ = await whole(ToolServer("<think>a</think>b"), messages=messages, continue_final_message=True)
         got = seen(answer["choices"][0])
