@@ -23,7 +23,7 @@ from ropeway.server.errors import ApiError
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.keys import KeyRing
 from ropeway.server.middleware import BodyLimit, Envelope, error_response
-from ropeway.server.protocols import chat, completions, load_model, tgi
+from ropeway.server.protocols import chat, completions, load_model, messages, responses, tgi
 from ropeway.server.services import Services
 
 LONGEST_PARAM = 200
@@ -43,7 +43,7 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             HTTPException: on_http_exception,
         },
     )
-    for module in (chat, completions, tgi, load_model, models, tokenize, health, metrics):
+    for module in (chat, completions, responses, messages, tgi, load_model, models, tokenize, health, metrics):
         app.include_router(module.create_router(services))
     app.add_middleware(BodyLimit, on_reject=services.metrics.rejected)  # the last one added is the outermost
     if keys:

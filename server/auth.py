@@ -9,7 +9,10 @@ from ropeway.server.middleware import error_response
 
 
 class Auth:
-    """ASGI middleware: 401 without a key, `key_id` in the scope's state with one."""
+    """ASGI middleware: 401 without a key, `key_id` in the scope's state with one.
+
+    The key comes as `Authorization: Bearer KEY`, or as `x-api-key: KEY` from Anthropic's clients.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, root_path: str = "") -> None:
         self._app = app
@@ -22,6 +25,7 @@ class Auth:
             await self._app(scope, receive, send)
             return
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
+        headers = headers or [b"Bearer " + value for name, value in scope["headers"] if name == b"x-api-key"]
         key_id = self._keys.key_id(headers[0].decode("latin-1")) if len(headers) == 1 else None
         if key_id is None:
             given = "is not valid" if headers else "is missing"

@@ -6,7 +6,7 @@ together. A field's description completes the sentence "FIELD must be ...": it i
 documentation.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import quote
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
@@ -163,6 +163,8 @@ class SamplingFields(BaseModel):
         "an integer from 0 (default, soonest) to 2^31 - 1: a request may step back, never ahead", ge=0, lt=2**31
     )
 
+    unused: ClassVar[tuple[str, ...]] = ("user", "metadata")
+    """OpenAI's fields for which this server has no use."""
     _idle: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod
@@ -216,7 +218,7 @@ class SamplingFields(BaseModel):
             raise invalid("num_return_sequences must equal n where both are given.", "num_return_sequences")
         if self.do_sample is False:
             self._idle += [name for name in ("temperature", *OFF) if self._shapes(name)]
-        self._idle += [name for name in ("user", "metadata") if getattr(self, name)]
+        self._idle += [name for name in self.unused if getattr(self, name)]
 
     def _shapes(self, name: str) -> bool:
         value = getattr(self, name, None)
@@ -234,8 +236,7 @@ class SamplingFields(BaseModel):
         return names
 
     def ignored(self) -> list[str]:
-        """Names of all fields that change nothing: unknown ones, those without effect beside another, and OpenAI's
-        `user` and `metadata`, for which this server has no use."""
+        """Names of all fields that change nothing: unknown and unused ones, and those without effect beside another."""
         return self.unknown() + self._idle
 
     def ignore(self, names: list[str]) -> None:

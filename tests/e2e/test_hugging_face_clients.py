@@ -54,7 +54,7 @@ def test_transformers_chat(server: RunningServer, reference: Reference) -> None:
     command = [os.path.join(os.path.dirname(sys.executable), "transformers"), "chat", "ropeway-demo", server.url]
     shown = subprocess.run(
         [*command, "max_new_tokens=20", "do_sample=False"],
-        input="Who are you?\nn\n!exit\n",
+        input="Who are you?\n!exit\n",
         capture_output=True,
         text=True,
         timeout=120,
@@ -62,4 +62,4 @@ def test_transformers_chat(server: RunningServer, reference: Reference) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert "was already loaded" in shown.stdout
-    assert expected.split("\n")[0].strip() in shown.stdout and "20 tokens in" in shown.stdout
+    assert expected.strip() in shown.stdout

@@ -13,7 +13,13 @@ from typing import Any
 
 import yaml
 
-WANTED = ("CreateChatCompletionResponse", "CreateChatCompletionStreamResponse", "CreateCompletionResponse")
+WANTED = (
+    "CreateChatCompletionResponse",
+    "CreateChatCompletionStreamResponse",
+    "CreateCompletionResponse",
+    "Response",
+    "ResponseStreamEvent",
+)
 TARGET = Path(__file__).with_name("openai_schemas.json")
 NOTE = (
     "Extracted by extract_openai_schemas.py from github.com/openai/openai-openapi, commit f85dbe2. "

@@ -55,8 +55,9 @@ POISON = [
 ]
 
 
-OPENAI_SHAPED = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/load_model"]
+OPENAI_SHAPED = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/load_model"]
 TGI_SHAPED = ["/generate", "/generate_stream", "/"]
+ANTHROPIC_SHAPED = ["/v1/messages", "/v1/messages/count_tokens"]
 
 
 @pytest.mark.parametrize("path", OPENAI_SHAPED)
@@ -69,20 +70,22 @@ async def test_poison_bodies_on_every_route(app: FastAPI, path: str) -> None:
         check_error(await http.post(path, content=b"{}"), 415, "unsupported_media_type")
 
 
-@pytest.mark.parametrize("path", TGI_SHAPED)
+@pytest.mark.parametrize("path", [*TGI_SHAPED, *ANTHROPIC_SHAPED])
 async def test_poison_bodies_on_other_protocols(app: FastAPI, path: str) -> None:
     """Guards clients of another protocol: the same errors, in the shape that they can read."""
     async with client(app) as http:
         for body in POISON:
             answer = await http.post(path, content=body, headers={"content-type": "application/json"})
-            assert answer.status_code == 400 and answer.json()["error_type"] == "validation"
-            assert answer.json()["error"].endswith(".")
+            document = answer.json()
+            ours = document["error_type"] == "validation" if path in TGI_SHAPED else document["type"] == "error"
+            message = document["error"] if path in TGI_SHAPED else document["error"]["message"]
+            assert answer.status_code == 400 and ours and message.endswith(".")
 
 
 def test_every_route_with_a_body_is_strict(app: FastAPI) -> None:
     """Guards the list above: a new route with a body must be in it."""
     posts = {path for path, item in app.openapi()["paths"].items() if "post" in item}
-    assert posts == {*OPENAI_SHAPED, *TGI_SHAPED}
+    assert posts == {*OPENAI_SHAPED, *TGI_SHAPED, *ANTHROPIC_SHAPED}
 
 
 def preflight(origin: str) -> dict[str, str]:

@@ -1,0 +1,68 @@
+"""What protocols share whose bodies are conversations and not OpenAI's chat: the way to the engine, and text parts.
+
+Knows conversations and the services; no protocol's names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+
+from ropeway.server.errors import ApiError, invalid
+from ropeway.server.generator import Generation
+from ropeway.server.output_reader import OutputReader
+from ropeway.server.protocols.conversation import Conversation, encode_conversation
+from ropeway.server.protocols.shared import generation_request
+from ropeway.server.sampling_fields import SamplingFields
+from ropeway.server.services import Services
+
+
+async def converse(
+    services: Services,
+    request: Request,
+    fields: SamplingFields,
+    talk: Conversation,
+    renamed: Mapping[str, str],
+    param: str,
+) -> tuple[Generation, OutputReader]:
+    """Admits, renders and submits a conversation; gives what reads its answer.
+
+    Args:
+        renamed: fields of a conversation -> what this protocol calls them, for those that change nothing.
+        param: the field that holds the conversation.
+
+    Raises: ApiError 400; 503 when the queue is full or the engine takes nothing.
+    """
+    record = services.begin(request.scope, 1)
+    try:
+        prompt = await encode_conversation(services, talk)
+        fields.ignore([renamed.get(name, name) for name in prompt.ignored])
+        record.settle(len(prompt.ids))
+        plan = generation_request(
+            services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param
+        )
+        plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids)
+        generation = services.generator.start([plan], record)
+    except BaseException as error:
+        record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
+        raise
+    reader = OutputReader(
+        prompt.output, plan.skip_special_tokens, services.tokenizer, generation.usage, services.metrics
+    )
+    return generation, reader
+
+
+def joined_text(content: Any, kinds: tuple[str, ...], where: str) -> str:
+    """One string of a string or of parts of these types. Raises: ApiError 400 naming the part that is no text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise invalid(f"{where} must be a string or a list of text parts.", where)
+    texts = []
+    for place, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type") in kinds else None
+        if not isinstance(text, str):
+            raise invalid(f"{where}[{place}] must be a text part; this model takes no other.", f"{where}[{place}]")
+        texts.append(text)
+    return "".join(texts)
