@@ -42,7 +42,8 @@ class BodyWriter:
         """Whether `write` may be called now; not while the socket's buffer is full, which `send` waits for."""
         cycle = self._cycle
         return bool(
-            cycle.chunked_encoding
+            cycle.response_started
+            and cycle.chunked_encoding
             and not cycle.flow.write_paused
             and not cycle.disconnected
             and not cycle.response_complete

@@ -1,5 +1,6 @@
-"""Heads of requests on a raw socket: too large, too slow, no HTTP at all."""
+"""Heads of requests on a raw socket: too large, too slow, no HTTP at all. And bodies written beside `send`."""
 
+import http.client
 import json
 import socket
 import time
@@ -8,12 +9,32 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI
 from shell import exchange, serving
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from ropeway.server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, LimitedHttpProtocol
+from ropeway.server.http_protocol import BODY_WRITER, MAX_HEAD_BYTES, MAX_HEADERS, LimitedHttpProtocol
 
 OK = b"GET /ok HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /ok HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+class WrittenResponse(Response):
+    """Begins and ends with `send`, writes between until the socket is full, and once more when it is not."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writer = scope["extensions"][BODY_WRITER]
+        assert not writer.ready, "nothing was begun"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        writes = 0
+        while writer.ready:
+            writer.write(b"a" * 10_000)
+            writes += 1
+            assert writes < 10_000, "no end to what a reader who does not read may cost"
+        await send({"type": "http.response.body", "body": b"b" * 7, "more_body": True})
+        assert writer.ready
+        writer.write(b"c" * 3)
+        await send({"type": "http.response.body", "body": b"%d" % writes, "more_body": False})
+        assert not writer.ready
 
 
 @pytest.fixture
@@ -39,6 +60,10 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
                 yield b"piece"
 
         return StreamingResponse(pieces())
+
+    @app.get("/written")
+    async def written() -> Response:
+        return WrittenResponse()
 
     with serving(app) as address:
         yield address
@@ -114,3 +139,16 @@ def test_a_late_head_does_not_cut_the_answer_before_it(address: tuple[str, int])
             answer += connection.recv(65536)
     first, _, second = answer.partition(b"HTTP/1.1 408")
     assert first.count(b"piece") == 10 and first.endswith(b"0\r\n\r\n") and b"request_timeout" in second
+
+
+def test_what_is_written_beside_send_is_part_of_the_body(address: tuple[str, int]) -> None:
+    """Guards framing and order of the two ways to write, and that a full socket is known."""
+    client = http.client.HTTPConnection(*address, timeout=20)
+    client.request("GET", "/written")
+    time.sleep(0.3)  # reads nothing yet: the server's buffers fill
+    body = client.getresponse().read()
+    writes = int(body.rpartition(b"ccc")[2])
+    assert body == b"a" * 10_000 * writes + b"b" * 7 + b"ccc%d" % writes
+    client.request("GET", "/ok")  # on the same connection
+    assert client.getresponse().read() == b'{"ok":"yes"}'
+    client.close()

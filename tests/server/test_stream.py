@@ -14,6 +14,7 @@ from ropeway.scheduler.client import EngineFailed
 from ropeway.server import stream
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generator
+from ropeway.server.http_protocol import BODY_WRITER
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
 from ropeway.server.tokenizer import TextTokenizer
@@ -38,10 +39,27 @@ class Frames:
         return stream.DONE
 
 
+class Writer:
+    """Stands for `BodyWriter`; what it writes is a message of the wire like any other."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self.writes = 0
+
+    @property
+    def ready(self) -> bool:
+        return self._wire.reading.is_set()
+
+    def write(self, data: bytes) -> None:
+        assert data and self.ready
+        self.writes += 1
+        self._wire.messages.append({"type": "http.response.body", "body": data, "more_body": True})
+
+
 class Case:
     """A response over a scripted engine, and the task that answers the client."""
 
-    def __init__(self, *script: Wake, kind: str = "stream", broken: bool = False) -> None:
+    def __init__(self, *script: Wake, kind: str = "stream", broken: bool = False, direct: bool = False) -> None:
         client = ScriptedClient(None, script, open_end=True)
         self.record = Record()
         request = GenerationRequest([5], SamplingParams(), 100)
@@ -49,6 +67,9 @@ class Case:
         self.rows: ScriptedRows = client.submitted[0].rows
         self.wire = Wire()
         self.wire._incoming.clear()  # the endpoint has read the body
+        self.writer = Writer(self.wire)
+        if direct:
+            self.wire.scope["extensions"] = {BODY_WRITER: self.writer}
         response = (
             EventStream(generation, Frames(broken), {"x-extra": "1"})
             if kind == "stream"
@@ -220,6 +241,78 @@ async def test_reader_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     case.wire.reading.clear()
     await case.ended("disconnected")
     assert case.rows.aborted == [None]
+
+
+# ---- written by the callback that hears the engine ----
+
+
+async def test_tokens_after_the_first_need_no_task() -> None:
+    """Guards the price of an event: it is on the wire when the engine's callback returns, the loop has not turned."""
+    case = Case([row(0, IDS[:1])], direct=True)
+    await asyncio.sleep(TICK)
+    for place in range(1, len(IDS)):
+        case.rows.feed([row(0, [IDS[place]])])
+        assert case.writer.writes == place
+    case.rows.feed([row(0, [], "length")])
+    await case.ended(None)
+    assert "".join(event["text"] for event in events(case.wire.body)) == "Hello, world!"
+    assert case.wire.complete
+
+
+async def test_a_full_socket_is_waited_for_by_nobody_else() -> None:
+    """Guards memory and order: nothing is taken from the engine while the socket is full, then all comes, once."""
+    case = Case([row(0, IDS[:1])], direct=True)
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[1:2])])
+    case.wire.reading.clear()
+    taken = case.rows.taken
+    case.rows.feed([row(0, IDS[2:4])])
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[4:5])])
+    assert case.rows.taken == taken + 1, "what waits in send, no more"
+    case.wire.reading.set()
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[5:])])
+    assert case.writer.writes >= 2, "it goes on without a task"
+    case.rows.feed([row(0, [], "length")])
+    await case.ended(None)
+    assert "".join(event["text"] for event in events(case.wire.body)) == "Hello, world!"
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "code"),
+    [
+        (EngineFailed("The engine died."), "error", "draining"),
+        ([row(0, [], "timeout", error="Too late.")], "timeout", "deadline_exceeded"),
+    ],
+)
+async def test_failures_without_a_task(end: Wake, outcome: str, code: str) -> None:
+    """Guards the end of such a stream: errors are events there too."""
+    case = Case([row(0, IDS[:2])], direct=True)
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[2:4])], end)
+    await case.ended(outcome)
+    assert events(case.wire.body)[-1]["error"]["code"] == code
+
+
+async def test_our_own_bug_without_a_task() -> None:
+    """Guards the neighbours: the callback that wakes all streams must not fail for one of them."""
+    case = Case([row(0, IDS[:2])], broken=True, direct=True)
+    await asyncio.sleep(TICK)
+    case.rows.feed([row(0, IDS[2:], "length")])
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(case.task, 1)
+    assert events(case.wire.body)[-1]["error"]["code"] == "engine_error"
+
+
+async def test_leaving_without_a_task() -> None:
+    """Guards the GPU: who leaves a stream that no task waits for is noticed, and nothing is written afterwards."""
+    case = Case([row(0, IDS[:2])], direct=True)
+    await asyncio.sleep(TICK)
+    case.wire.leave()
+    await case.ended("disconnected")
+    case.rows.feed([row(0, IDS[2:])])
+    assert case.writer.writes == 0 and case.rows.aborted == [None]
 
 
 @pytest.mark.parametrize("text", text_samples.TEXTS)
