@@ -74,6 +74,13 @@ def rms_norm(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) 
     """(norm of x + residual, x + residual); x [..., D] and residual of one dtype. Without a residual the sum is x."""
     if _on_gpu(x):
         return triton_norm.rms_norm(x, norm.weight, residual, eps=norm.eps, offset=norm.offset, late=norm.late)
+    return plain_rms_norm(x, norm, residual)
+
+
+def plain_rms_norm(
+    x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rms_norm`, in torch."""
     total = x if residual is None else x + residual
     wide = total.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
@@ -88,6 +95,13 @@ def angle_tables(
     """(cos, sin), [B,N,width] each, of positions [B,N] int64; computed in fp32, rounded to dtype once."""
     if _on_gpu(positions):
         return triton_rope.angle_tables(positions, frequencies, dtype)
+    return plain_angle_tables(positions, frequencies, dtype)
+
+
+def plain_angle_tables(
+    positions: torch.Tensor, frequencies: Frequencies, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `angle_tables`, in torch."""
     angles = positions[..., None].float() * frequencies.inverse
     if frequencies.layout != "once":
         halves = frequencies.layout == "halves"
@@ -139,13 +153,14 @@ def rotate_and_write(
     """
     if _on_gpu(q.x):
         return triton_rope.rotate_and_write(q, k, v, cos, sin, rotation, slots, k_pool, v_pool)
-    k_pool.flatten(0, 1).index_copy_(0, slots, _rotated(k, cos, sin, rotation))
+    k_pool.flatten(0, 1).index_copy_(0, slots, plain_rotated(k, cos, sin, rotation))
     v_pool.flatten(0, 1).index_copy_(0, slots, v)
-    return _rotated(q, cos, sin, rotation)
+    return plain_rotated(q, cos, sin, rotation)
 
 
-def _rotated(new: Unrotated, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    x = new.x if new.norm is None else rms_norm(new.x, new.norm)[0]
+def plain_rotated(new: Unrotated, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """q or k [N,heads,D] as `rotate_and_write` rotates it, in torch."""
+    x = new.x if new.norm is None else plain_rms_norm(new.x, new.norm)[0]
     columns = torch.arange(rotation.pairs, device=x.device)
     left = columns * 2 if rotation.interleaved else columns
     right = left + 1 if rotation.interleaved else columns + rotation.pairs

@@ -12,6 +12,7 @@ given its module's own outputs before it is used, and the whole model its own lo
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -170,6 +171,7 @@ class _Fusing:
 
     def _leaves(self, recording: Recording) -> None:
         """Norms and activations."""
+        others: Counter[str] = Counter()
         for module, (x, y) in recording.calls.items():
             if not untouched(module):
                 continue
@@ -178,10 +180,13 @@ class _Fusing:
                 self._put("norm", None, replace_forward(module, norm_forward(norm, self._uses["head norm"])))
                 self._report.norms += 1
                 continue
+            if x.shape == y.shape and {parameter.dim() for parameter in module.parameters()} == {1}:
+                others[type(module).__name__] += 1
             activation = find_activation(module, x, y)
             if activation is not None:
                 self._put("gate", None, replace_forward(module, _activation_forward(activation, self._uses["gate"])))
                 self._report.gates += 1
+        self._report.left += [f"{number} {name}, no RMSNorm" for name, number in others.items()]
 
     def _tables(self, recording: Recording) -> None:
         for module, forward in table_forwards(recording, self._max_model_len).items():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ropeway.kernels.fused_ops import Activation, Norm, activate, rms_norm
+from ropeway.kernels.fused_ops import Activation, Norm, activate, plain_rms_norm, rms_norm
 from ropeway.kernels.fusion_deferred import Normed, Sum, Uses, plain
 
 Undo = Callable[[], None]
@@ -204,11 +204,12 @@ def find_norm(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
     for eps in dict.fromkeys(epsilons):
         for offset, late in ((0.0, False), (0.0, True), (1.0, True)):
             norm = Norm(weight, eps, offset, late)
-            answers = [(rms_norm(given, norm)[0], right) for given, right in cases]
-            if all(close(answer, right) for answer, right in answers):
-                error = sum(float((answer.float() - right.float()).abs().mean()) for answer, right in answers)
-                found.append((error, norm))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
+            answers = [(plain_rms_norm(given, norm)[0].float(), right.float()) for given, right in cases]
+            found.append((sum(float((answer - right).abs().mean()) for answer, right in answers), norm))
+    best = min(found, key=lambda pair: pair[0])[1] if found else None
+    if best is None or not all(close(rms_norm(given, best)[0], right) for given, right in cases):
+        return None
+    return best
 
 
 def _made_up(x: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,23 @@ As in `fusion_modules.py`, each is found by what it did in a recorded forward.
 
 import inspect
 from collections.abc import Callable
+from itertools import product
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ropeway.kernels.fused_ops import Frequencies, Layout, Rotation, Unrotated, angle_tables, rotate_and_write
+from ropeway.kernels.fused_ops import (
+    Frequencies,
+    Layout,
+    Rotation,
+    Unrotated,
+    angle_tables,
+    plain_angle_tables,
+    plain_rotated,
+    rotate_and_write,
+)
 from ropeway.kernels.fusion_deferred import Angles, Rotated, Uses, plain
 from ropeway.kernels.fusion_modules import Recording, Undo, close, replace_forward, untouched
 
@@ -50,9 +60,12 @@ class RotaryCall:
         for pairs, step in ((width // 2, 1), (width // 2, 2), (width, 1)):
             for interleaved in (False, True):
                 rotation = Rotation(pairs, step, interleaved)
-                if 0 < 2 * pairs <= head and _rotates(rotation, (q, k, cos, sin), (q_right, k_right)):
-                    self.rotation = rotation
-                    return True
+                if not 0 < 2 * pairs <= head:
+                    continue
+                found = plain_rotated(Unrotated(q[0].transpose(0, 1), None), cos[0], sin[0], rotation)
+                if close(found.transpose(0, 1), q_right[0]):
+                    self.rotation = rotation if _rotates(rotation, (q, k, cos, sin), (q_right, k_right)) else None
+                    return self.rotation is not None
         return False
 
 
@@ -112,7 +125,7 @@ def table_forwards(recording: Recording, max_model_len: int) -> dict[nn.Module, 
     """
     known: dict[nn.Module, dict[Any, Frequencies]] = {}
     for module, args, kwargs, output in recording.others:
-        positions, key = _table_call(*args, **kwargs)
+        positions, key = _table_call(args, kwargs)
         if positions is None or not untouched(module) or key in known.get(module, {}):
             continue
         frequencies = _find_frequencies(module, args, kwargs, output, max_model_len)
@@ -121,11 +134,15 @@ def table_forwards(recording: Recording, max_model_len: int) -> dict[nn.Module, 
     return {module: _table_forward(module, found) for module, found in known.items()}
 
 
-def _table_call(x: Any = None, position_ids: Any = None, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, Any]:
-    """Positions [B,N] of a call (None if it has none) and what else it was told, by which frequencies may differ."""
-    told = (args, tuple(sorted(kwargs.items())))
-    usual = isinstance(x, torch.Tensor) and isinstance(position_ids, torch.Tensor) and position_ids.dim() == 2
-    return (position_ids, told) if usual and all(isinstance(value, str) for value in args) else (None, None)
+def _table_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, Any]:
+    """Positions [B,N] of a call (None if it is of another kind), and what else it was told, which may change tables."""
+    rest = dict(kwargs)
+    positions = args[1] if len(args) > 1 else rest.pop("position_ids", None)
+    told = (*args[2:], *rest.values())
+    usual = len(args) > 0 and isinstance(args[0], torch.Tensor) and isinstance(positions, torch.Tensor)
+    if not usual or positions.dim() != 2 or not all(value is None or isinstance(value, str) for value in told):
+        return None, None
+    return positions, told
 
 
 def _find_frequencies(
@@ -135,24 +152,21 @@ def _find_frequencies(
         return None
     cos = output[0]
     spread = torch.linspace(0, max_model_len - 1, 64, device=cos.device).long()[None]
-    if "position_ids" in kwargs:
-        kwargs = kwargs | {"position_ids": spread}
-    else:
+    if len(args) > 1:
         args = args[0], spread, *args[2:]
+    else:
+        kwargs = kwargs | {"position_ids": spread}
     right = module(*args, **kwargs)
     scalings = {1.0, *(value for value in vars(module).values() if isinstance(value, float))}
     for inverse in module.buffers():
         if inverse.dim() != 1 or inverse.dtype != torch.float32:
             continue
         layouts: tuple[Layout, ...] = ("once",) if len(inverse) == cos.shape[-1] else ("halves", "repeated")
-        for layout in layouts:
-            for scaling in scalings:
-                found = Frequencies(inverse, scaling, layout)
-                if found.width == cos.shape[-1] and all(
-                    close(table, expected)
-                    for table, expected in zip(angle_tables(spread, found, cos.dtype), right, strict=True)
-                ):
-                    return found
+        for layout, scaling in product(layouts, scalings):
+            found = Frequencies(inverse, scaling, layout)
+            if found.width == cos.shape[-1] and close(plain_angle_tables(spread, found, cos.dtype)[0], right[0]):
+                tables = angle_tables(spread, found, cos.dtype)
+                return found if all(map(close, tables, right)) else None
     return None
 
 
@@ -160,10 +174,9 @@ def _table_forward(module: nn.Module, known: dict[Any, Frequencies]) -> Callable
     plainly = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        positions, key = _table_call(*args, **kwargs)
+        positions, key = _table_call(args, kwargs)
         if positions is None or key not in known:
             return plainly(*args, **kwargs)
-        x = args[0] if args else kwargs["x"]
-        return angle_tables(positions, known[key], x.dtype)
+        return angle_tables(positions, known[key], args[0].dtype)
 
     return forward

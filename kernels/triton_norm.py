@@ -16,7 +16,7 @@ except ImportError:
     tl = None
 
 TILE = 2048
-"""Numbers that one program holds at least, where there are so many rows."""
+"""Numbers that one program holds at least: as many short rows, though there may be fewer."""
 
 
 def rms_norm(
@@ -41,7 +41,7 @@ def rms_norm(
     total = x if residual is None else torch.empty_like(out)
     other = x if residual is None else residual
     block = next_power_of_2(hidden)
-    rows = max(1, min(TILE // block, next_power_of_2(tokens.size * heads.size)))
+    rows = max(1, TILE // block)
     _rms_norm[(ceil_div(tokens.size * heads.size, rows),)](
         *(x, other, weight, out, total, tokens.size * heads.size, heads.size, eps),
         *(tokens.stride, heads.stride, rows_of(other)[0].stride, rows_of(other)[1].stride),

@@ -90,7 +90,7 @@ def angle_tables(
     return cos, sin
 
 
-@jit()
+@jit(run_time=("positions",))
 def _angle_tables(
     positions,
     inverse,
@@ -113,7 +113,7 @@ def _angle_tables(
     tl.store(sin + here, (tl.sin(angle) * scaling).to(sin.dtype.element_ty), mask=mask)
 
 
-@jit()
+@jit(run_time=("slots",))
 def _rotate_and_write(
     q,
     k,

@@ -79,6 +79,7 @@ def test_bf16_is_no_less_exact_than_plain(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi"])
+@torch.inference_mode()
 def test_in_a_cuda_graph(name: str) -> None:
     """Guards capture: no wait, no value kept from the captured run, whatever the inputs are replaced with."""
     model = build(FAMILIES[name]).cuda()
