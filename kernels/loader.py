@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ropeway.kernels.dummy import dummy_model
 from ropeway.kernels.errors import LoadError, NotAModel, UnknownArchitecture, UnsupportedModel, UnsupportedSetting
+from ropeway.kernels.hub import check_hub
 from ropeway.kernels.memory import check_weights_fit, shared_memory
 from ropeway.kernels.quantization import BITS, count_weights, keep_compute_dtype, quantization_options, stored_kind
 
@@ -84,6 +85,8 @@ def load_model(
     place = _device(device)
     folder = _folder(model)
     progress("reading the config", 0.0)
+    if folder is None:
+        check_hub(model, revision)
     config = _config(model, folder, revision, trust_remote_code)
     target = _dtype(dtype, config, place)
     length = _max_model_len(config, max_model_len)
@@ -252,7 +255,8 @@ def _weights(
             **options,
         )
     except (OSError, SafetensorError) as error:
-        raise NotAModel(f"The weights of {model} cannot be read: {_one_line(error)}") from error
+        what = _torn_file(folder) or f"The weights of {model}"
+        raise NotAModel(f"{what} cannot be read: {_one_line(error)}") from error
     except (ImportError, ValueError, RuntimeError) as error:
         raise LoadError(f"{model} cannot be loaded: {_one_line(error)}") from error
     # transformers would fill these with random numbers and go on
@@ -266,6 +270,17 @@ def _weights(
         raise NotAModel(f"The weights of {model} lack {len(report['missing_keys'])} tensors, {name} first.")
     result: PreTrainedModel = loaded.eval()
     return result
+
+
+def _torn_file(folder: Path | None) -> Path | None:
+    """The first of a folder's weight files that is not whole; safetensors' own messages name none."""
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None
 
 
 def _logits_width(model: PreTrainedModel) -> int:

@@ -118,6 +118,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> NoReturn:
         raise OSError("a long story")
 
+    monkeypatch.setattr(loader, "check_hub", lambda model, revision: None)
     monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
     with pytest.raises(NotAModel, match="neither a folder here nor a model that the hub gives us"):
         load_model("somebody/some-model")
@@ -249,3 +250,19 @@ def test_longest_sequence_without_a_limit() -> None:
     bloom = AutoConfig.for_model("bloom")
     assert loader._max_model_len(bloom, None) == 2048
     assert loader._max_model_len(bloom, 100_000) == 100_000
+
+
+def test_a_torn_file_is_named(folder: Path) -> None:
+    """Guards large models: of a hundred files the one that has to be copied again is named."""
+    weights = load_file(folder / "model.safetensors")
+    parts = {f"model-0000{part}-of-00003.safetensors": dict(list(weights.items())[part - 1 :: 3]) for part in (1, 2, 3)}
+    for name, tensors in parts.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, tensors in parts.items() for key in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    assert load_model(str(folder)).vocab_size == VOCAB_SIZE
+    second = folder / "model-00002-of-00003.safetensors"
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(NotAModel, match=f"{second.name} cannot be read: "):
+        load_model(str(folder))
