@@ -54,8 +54,33 @@ class BodyWriter:
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
+class _BadHead(Exception):
+    """Stops the parser."""
+
+
+class _PlainSend:
+    """ASGI's `send` for HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send = cycle.send
+        self._counted = False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self._counted = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._counted:
+                self._cycle.chunked_encoding = False
+        elif not self._counted:  # uvicorn compares with the length that was announced
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)
+
+
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """Answers 431 to a head that is too large, 408 to one that does not end, 400 to one that is no HTTP."""
+    """Answers 431 to a head that is too large, 408 to one that does not end, 400 to one that is no HTTP.
+
+    HTTP/1.1 without exactly one Host is none (RFC 9112, section 3.2).
+    """
 
     head_seconds = HEAD_SECONDS
 
@@ -109,8 +134,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """The head is whole; the body's deadline is the application's."""
         self._in_head = False
         self._stop_timer()
+        version = self.parser.get_http_version()
+        if version == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            raise _BadHead
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # its task has not begun to run
+            if version == "1.0":
+                self.cycle.send = _PlainSend(self.cycle)  # type: ignore[method-assign]
             self.scope["extensions"] = {BODY_WRITER: BodyWriter(self.cycle)}  # type: ignore[dict-item]
 
     def send_400_response(self, msg: str) -> None:

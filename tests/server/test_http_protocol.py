@@ -111,15 +111,28 @@ def test_a_head_that_stops(address: tuple[str, int]) -> None:
     [
         b"\x16\x03\x01\x02\x00\x01\x00",
         b"GET /ok HTTP/1.1\r\nHost x\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /ok HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
-        b"POST /ok HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /ok HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+        b"POST /ok HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /ok HTTP/1.1\r\n\r\n",
+        b"GET /ok HTTP/1.1\r\nHost: x\r\nhost: y\r\n\r\n",
     ],
 )
 def test_no_http(address: tuple[str, int], bad: bytes) -> None:
-    """Guards proxies against request smuggling: an ambiguous length is refused, in the one error shape."""
+    """Guards proxies against request smuggling: an ambiguous length or host is refused, in the one error shape."""
     answer = exchange(address, bad)
     check(answer[answer.rindex(b"HTTP/1.1") :], 400, "bad_request")
+
+
+def test_old_clients_get_no_chunks(address: tuple[str, int]) -> None:
+    """Guards HTTP/1.0, which proxies still speak: a stream's body is the bytes themselves, to the connection's end; it
+    needs no Host."""
+    head, _, body = exchange(address, b"GET /slow HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"connection: close" in head
+    assert b"transfer-encoding" not in head.lower() and body == b"piece" * 10
+    head, _, body = exchange(address, b"GET /ok HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert b"content-length: 12" in head and body == b'{"ok":"yes"}'
+    assert b"transfer-encoding: chunked" in exchange(address, b"GET /slow" + LAST.removeprefix(b"GET /ok"))
 
 
 def test_many_requests_share_a_connection(address: tuple[str, int]) -> None:
