@@ -124,7 +124,7 @@ def build_runner(
     )
     pool = KVPool(num_blocks, block_size)
     forward = forward_class(loaded.model, pool)
-    _warm_up(forward, block_size, loaded.device)
+    logits_dtype = _warm_up(forward, block_size, loaded.device)
     runner = ModelRunner(
         forward,
         pool,
@@ -134,6 +134,7 @@ def build_runner(
         max_blocks=-(-loaded.max_model_len // block_size),
         sizes=sizes,
         capture=CudaCapture(loaded.device) if sizes else None,
+        logits_dtype=logits_dtype,
     )
     progress("loaded", 1.0)
     no_graphs = runner.prepare(compiling)
@@ -210,11 +211,13 @@ def _idle_lines(sampler: TritonSampler, count: int) -> Lines:
     return Lines(host, host, slots, torch.zeros_like(slots), torch.zeros_like(slots), ids, finite)
 
 
-def _warm_up(forward: Forward, block_size: int, device: torch.device) -> None:
-    """One token through the model: the pools are made. Its K and V in block 1 are overwritten by the block's owner."""
+def _warm_up(forward: Forward, block_size: int, device: torch.device) -> torch.dtype:
+    """One token through the model: the pools are made. Its K and V in block 1 are overwritten by the block's owner.
+
+    Returns the logits' dtype."""
     step = StepInput([RowInput(state_slot=0, token_ids=[0], start=0, block_table=[1])])
     try:
-        forward(LeftPaddedBatch.build(step, block_size, device))
+        return forward(LeftPaddedBatch.build(step, block_size, device)).dtype
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise NotEnoughMemory(

@@ -11,8 +11,10 @@ next may overwrite.
 """
 
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,16 +58,13 @@ class CudaCapture:
 
     def __call__(self, launches: Launches) -> Launches:
         torch.cuda.synchronize(self._stream.device)
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            launches()
+            with _refusing_to_wait():
+                launches()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise Uncapturable(str(error)) from error
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.synchronize(self._stream.device)
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which gives all cached memory back to the device before every capture.
@@ -77,6 +76,18 @@ class CudaCapture:
                 graph.capture_end()
         torch.cuda.synchronize(self._stream.device)
         return graph.replay
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Within it torch raises RuntimeError where it would wait for the device."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @dataclass(slots=True, frozen=True)
@@ -173,6 +184,16 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
 
 
 def first_sizes(sizes: Sequence[Size]) -> list[Size]:
-    """Those without which a server is slow: every power of two, the largest first."""
-    first = [size for size in sizes if size.tokens & (size.tokens - 1) == 0]
-    return sorted({*first, max(size for size in sizes if size.tokens == size.rows)}, reverse=True)
+    """Those without which a server is slow, the largest first: decode steps of every power of two and of all rows,
+    mixed ones of every power of two with room for rows of 16 tokens."""
+    decode = [size for size in sizes if size.tokens == size.rows]
+    mixed = [size for size in sizes if size.tokens > size.rows]
+    first = {size for size in decode if _is_power_of_two(size.rows)} | {max(decode)}
+    for tokens in filter(_is_power_of_two, {size.tokens for size in mixed}):
+        same = sorted(size for size in mixed if size.tokens == tokens)
+        first.add(next((size for size in same if size.rows * 16 >= tokens), same[-1]))
+    return sorted(first, reverse=True)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -97,6 +97,7 @@ class ModelRunner:
         max_blocks: blocks that a row may have; None = all of the pool's.
         sizes: of the steps that are captured once `prepare` was called; packed layout and `TritonSampler` only.
         capture: how.
+        logits_dtype: of what `forward` returns.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ModelRunner:
         max_blocks: int | None = None,
         sizes: list[Size] | None = None,
         capture: Capture | None = None,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._forward = forward
         self._pool = pool
@@ -123,7 +125,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if sizes and capture is not None:
             rows = max(size.rows for size in sizes)
-            self._logits = torch.empty(rows, sampler.state.vocab_size, device=device)
+            self._logits = torch.empty(rows, sampler.state.vocab_size, dtype=logits_dtype, device=device)
             self._capture_launches = capture
             self._graphs = StepGraphs(sizes, self._capture)
 
