@@ -8,7 +8,7 @@ import pytest
 from harness import RunningServer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "docs/guide.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/tools.md"]
 
 
 def commands(page: str) -> list[str]:

@@ -116,6 +116,7 @@ for shape in TOOL_FORMATS.values():
     case(f"{shape.name}: one call", shape, marked, "", ONE)
     case(f"{shape.name}: text, then call", shape, f"Hi  there.\n\n{marked}", "Hi  there.", ONE)
     case(f"{shape.name}: call, then text", shape, f"{marked}\nDone.\n", "\nDone.", ONE)
+    case(f"{shape.name}: call within text", shape, f"Hi.\n\n{marked} \nDone.", "Hi. \nDone.", ONE)
     case(f"{shape.name}: parallel", shape, f" {marked}\n{marked}\n\n{marked}\n", "", ONE * 3)
     case(f"{shape.name}: one at most", shape, f"Hi\n{marked}\n{marked} bye", "Hi", ONE, parallel=False)
     for what, value in (("raw", NASTY_TEXT), ("escaped", ESCAPED_TEXT)):
