@@ -1,4 +1,6 @@
-"""The command line: `ropeway serve`, `ropeway check`. Knows flags, where they come from, and how a start fails.
+"""The command line: `ropeway serve` and `ropeway check`; the other commands are modules that are imported when called.
+
+Knows flags, where they come from, and how a start fails.
 
 Whatever the user got wrong is one sentence on stderr and a non-zero exit code, never a traceback.
 """
@@ -8,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,6 +18,7 @@ from ropeway import __version__
 from ropeway.scheduler.messages import EngineReady, EngineReport
 from ropeway.scheduler.processes import WorkerContext
 from ropeway.scheduler.supervisor import StartError, Supervisor
+from ropeway.server.command_line import Parser
 from ropeway.server.environment import read_environment
 from ropeway.server.errors import UsageError
 from ropeway.server.keys import KeyRing
@@ -33,16 +37,16 @@ from ropeway.server.start_screen import StartScreen
 USAGE_EXIT, START_EXIT = 2, 1
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing its usage."""
-
-    def error(self, message: str) -> Any:
-        """Raises: UsageError."""
-        raise UsageError(f"{message[:1].upper()}{message[1:]}; see `{self.prog} --help`.")
+TOOLS = {
+    "chat": ("chat_command", "talk to a model in the terminal, through any OpenAI-compatible server"),
+    "run-batch": ("run_batch", "answer a file of requests"),
+    "config": ("config_command", "show, save or push a model's generation configs"),
+}
+"""Commands that serve nothing: module and what it does."""
 
 
 def build_parser() -> Parser:
-    """Both commands, each with every flag in groups."""
+    """All commands; those that load a model have every flag in groups."""
     parser = Parser("ropeway", description="An inference server for language models whose batch never stops.")
     parser.add_argument("--version", action="version", version=f"ropeway {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -52,6 +56,8 @@ def build_parser() -> Parser:
     ):
         command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
         add_flags(command)
+    for name, (_, help) in TOOLS.items():
+        commands.add_parser(name, help=help)
     return parser
 
 
@@ -167,7 +173,10 @@ def run(supervisor: Supervisor, screen: StartScreen) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        command, settings = parse(sys.argv[1:] if arguments is None else arguments)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if words and words[0] in TOOLS:  # imported only now: processes that serve need none of it
+            return int(import_module(f"ropeway.server.{TOOLS[words[0]][0]}").main(words[1:]))
+        command, settings = parse(words)
         return serve(settings) if command == "serve" else check(settings)
     except UsageError as error:
         print(f"ropeway: {error}", file=sys.stderr)
