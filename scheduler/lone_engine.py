@@ -7,7 +7,6 @@ an engine that hangs, and tells the client when it is dead. It starts no second 
 import asyncio
 import multiprocessing
 import os
-import shutil
 import socket
 import sys
 import time
@@ -57,7 +56,8 @@ class LoneEngine:
         self._limits = limits or Limits()
         self._watchdog = Watchdog(self._limits, time.monotonic())
         self._last_words = ""
-        self._directory = make_private_directory()
+        self._private = make_private_directory()
+        self._directory = self._private.path
         self.metrics_dir = metrics_dir(self._directory)
         """Where the engine's metrics are, for `prometheus_client.multiprocess`; gone after `close`."""
         self._to_client, control = multiprocessing.get_context("spawn").Pipe(duplex=True)
@@ -83,7 +83,7 @@ class LoneEngine:
             self._child.close()
             self._child = None
         self._to_client.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._private.remove()
 
     def _unwatch(self, child: Child) -> None:
         self._loop.remove_reader(child.sentinel)

@@ -27,11 +27,9 @@ import errno
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import connection
@@ -55,6 +53,7 @@ from ropeway.scheduler.messages import (
     WorkerStarted,
     WorkerStuck,
 )
+from ropeway.scheduler.private_directory import NoPlace, PrivateDirectory
 from ropeway.scheduler.processes import (
     Child,
     EngineContext,
@@ -108,22 +107,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_private_directory() -> str:
-    """A new folder that only this user can enter (0700), with a path short enough for the sockets in it.
-
-    Raises StartError if there is no such place.
-    """
+def make_private_directory() -> PrivateDirectory:
+    """With a path short enough for the sockets in it. Raises StartError if there is no such place."""
+    longest_name = socket_address("", 10**6, 10**6, "out").removeprefix("ipc://")
     try:
-        base = tempfile.gettempdir()
-    except OSError as error:
-        raise StartError("There is no folder for temporary files that can be written to; name one in TMPDIR") from error
-    longest = len(os.fsencode(socket_address(f"{base}/ropeway-xxxxxxxx", 10**6, 10**6, "out").removeprefix("ipc://")))
-    if longest > LONGEST_SOCKET_PATH:
-        base = "/tmp"
-    try:
-        return tempfile.mkdtemp(prefix="ropeway-", dir=base)
-    except OSError as error:
-        raise StartError(f"Cannot write to {base}: {error.strerror}; name a short folder in TMPDIR") from error
+        return PrivateDirectory(LONGEST_SOCKET_PATH - len(longest_name))
+    except NoPlace as error:
+        raise StartError(str(error)) from error
 
 
 class Supervisor:
@@ -166,6 +156,7 @@ class Supervisor:
         self._engine_budget = RestartBudget(self._limits.engine_restarts, self._limits.window)
         self._worker_budget = RestartBudget(self._limits.worker_restarts * workers, self._limits.window)
         self._listener: socket.socket | None = None
+        self._private: PrivateDirectory | None = None
         self._directory = ""
         self._metrics: SupervisorMetrics | None = None
         self._engine: Child | None = None
@@ -376,7 +367,8 @@ class Supervisor:
 
     def _set_up(self) -> None:
         """The private directory; in it the admission table, and an empty one for metrics that the environment names."""
-        self._directory = make_private_directory()
+        self._private = make_private_directory()
+        self._directory = self._private.path
         self._admission = AdmissionTable.create(self._directory, self._num_workers)
         metrics = f"{self._directory}/metrics"
         os.mkdir(metrics)
@@ -394,5 +386,5 @@ class Supervisor:
                 child.close()
         if self._listener:
             self._listener.close()
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self._private:
+            self._private.remove()

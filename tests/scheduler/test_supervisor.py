@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -467,6 +468,6 @@ def test_no_place_for_the_private_directory(monkeypatch: pytest.MonkeyPatch) -> 
     def nowhere() -> str:
         raise FileNotFoundError("No usable temporary directory found")
 
-    monkeypatch.setattr(supervisor.tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
     with pytest.raises(supervisor.StartError, match="TMPDIR"):
         supervisor.make_private_directory()
