@@ -7,6 +7,7 @@ Whoever feeds the text resumes the reader with `next` after each piece. Everythi
 linear in the text, whatever the pieces. Knows JSON's grammar; keeps no more than what was not taken yet.
 """
 
+import json
 import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
@@ -18,7 +19,7 @@ SPACES = " \t\r\n"
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 _NOT_WORD = re.compile(r"[^\w.:/-]")
 _NOT_SCALAR = re.compile(r"[\s,\]}]")
-_IN_STRING = re.compile(r'["\\]')
+_IN_STRING = re.compile(r'["\\\x00-\x1f]')
 _OUTSIDE = re.compile(r"[^\s,:0-9+\-.eEtrufalsn]")
 """Outside of strings: quotes and brackets, and everything that JSON has nowhere."""
 _CLOSERS = {"{": "}", "[": "]"}
@@ -93,14 +94,18 @@ class GrowingText:
         What may be the beginning of a marker is held back.
         """
         while True:
-            found = [(place, marker) for marker in markers if (place := self.text.find(marker, self.at)) >= 0]
+            first, found, held = len(self.text), "", 0
+            for marker in markers:
+                place = self.text.find(marker, self.at, first + len(marker))
+                if place >= 0:
+                    first, found = place, marker
+                elif not found:
+                    held = max(held, self._begun(marker))
             if found:
-                place, marker = min(found)
-                sink(self.take(place))
-                self.take(place + len(marker))
-                return marker
-            held = max((self._begun(marker) for marker in markers), default=0)
-            sink(self.take(len(self.text) - held))
+                sink(self.take(first))
+                self.take(first + len(found))
+                return found
+            sink(self.take(first - held))
             if not (yield from self.more()):
                 sink(self.take(len(self.text)))
                 return ""
@@ -119,6 +124,8 @@ class GrowingText:
     def value(self, sink: Sink) -> Steps[None]:
         """A JSON value, passed on as it comes. Brackets and strings are matched; commas and numbers are not checked.
 
+        Line breaks and the like in strings, which models write and JSON forbids, are passed on escaped.
+
         Raises: Unreadable at the first character that cannot be part of it, everything before was passed on.
         """
         if (yield from self.char()) not in ("{", "[", '"'):
@@ -133,6 +140,9 @@ class GrowingText:
                 char, place = found[0], found.end()
                 if char == '"':
                     quoted = not quoted
+                elif quoted and char < " ":
+                    sink(self.take(place - 1))
+                    sink(json.dumps(self.take(place))[1:-1])
                 elif quoted:  # a backslash: the next character means nothing
                     place += 1
                     escaped = place > len(self.text)
@@ -158,5 +168,8 @@ class GrowingText:
 
     def _begun(self, marker: str) -> int:
         """How many characters at the end of the text may be the beginning of a marker."""
-        longest = min(len(marker) - 1, len(self.text) - self.at)
-        return next((size for size in range(longest, 0, -1) if self.text.endswith(marker[:size])), 0)
+        text = self.text
+        place = text.find(marker[0], max(self.at, len(text) - len(marker) + 1))
+        while place >= 0 and not marker.startswith(text[place:]):
+            place = text.find(marker[0], place + 1)
+        return len(text) - place if place >= 0 else 0

@@ -4,7 +4,7 @@ One parser serves streams and whole answers, and reads each character once: it i
 the middle (a generator that yields) where the text ends for now. So no cut of the text can change what comes out.
 
     thoughts    only at the beginning; nothing in them is a call. Newlines around them are the template's, not theirs.
-    calls       begin when name and arguments have begun; arguments go out as they come, as the model wrote them.
+    calls       begin when name and arguments have begun; arguments go out as they come.
     no call     what looks like one and is none goes to content as it is, markers included (but no special token).
     spaces      between content and a call, and between calls, are the format's: they go nowhere.
 

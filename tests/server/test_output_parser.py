@@ -123,6 +123,8 @@ for shape in TOOL_FORMATS.values():
         text = f'{shape.open}{{"name": "f", "arguments": {value}}}{shape.close}'
         case(f"{shape.name}: nasty strings, {what}", shape, text, "", [("f", value)])
     case(f"{shape.name}: list", shape, f"{shape.open} [{call({'a': 1})}, {call({'a': 1})}]{shape.close}", "", ONE * 2)
+    text = f'{shape.open}{{"name": "f", "arguments": {{"a": "x\n\ty\\n"}}}}{shape.close}'
+    case(f"{shape.name}: raw line breaks", shape, text, "", [("f", '{"a": "x\\n\\ty\\n"}')])
     backward = f'{{"id": [1, {{"name": "x"}}], "arguments": {NASTY_TEXT}, "type": "function", "name": "f"}}'
     case(f"{shape.name}: arguments first", shape, shape.open + backward + shape.close, "", [("f", NASTY_TEXT)])
     packed = json.dumps({"name": "f", "arguments": NASTY_TEXT})
