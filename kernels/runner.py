@@ -118,14 +118,14 @@ class ModelRunner:
         self._sampler = sampler
         self._device = device
         width = max_blocks or pool.num_blocks - 1
-        self._staging = Staging(sampler.state, block_size, width, device, max(sizes) if sizes else None)
+        largest = Size(max(s.tokens for s in sizes), max(s.rows for s in sizes)) if sizes else None
+        self._staging = Staging(sampler.state, block_size, width, device, largest)
         self._longest = width * block_size
         self._last: Flight | None = None
         self._logits = torch.empty(0, device=device)
         self._graphs: StepGraphs | None = None
-        if sizes and capture is not None:
-            rows = max(size.rows for size in sizes)
-            self._logits = torch.empty(rows, sampler.state.vocab_size, dtype=logits_dtype, device=device)
+        if sizes and largest is not None and capture is not None:
+            self._logits = torch.empty(largest.rows, sampler.state.vocab_size, dtype=logits_dtype, device=device)
             self._capture_launches = capture
             self._graphs = StepGraphs(sizes, self._capture)
 

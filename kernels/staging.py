@@ -43,6 +43,10 @@ _ROW_FIELDS = (
     ("sample_position", _INT64),
     ("sample_flags", _INT64),
 )
+_TAIL = 3
+"""Fields behind those: new blocks' places in the flattened tables, their ids, and blocks to copy."""
+_Place = tuple[str, "np.dtype[Any]", int, int]
+"""Name, dtype, first and last byte of a field."""
 
 
 @dataclass(slots=True, frozen=True, order=True)
@@ -149,38 +153,37 @@ class Staging:
         self._known = np.zeros(slots, dtype=np.int64)  # blocks of each line that the device has
         room = 0
         if largest is not None:
-            room = _layout(largest)[1] + 12 * self._host_tables.size + 8 * slots + 3 * _ALIGNMENT
+            room = _layout(largest, self._host_tables.size, slots)[1]
         self._static = torch.zeros(room, dtype=torch.uint8, device=device)
         self._static_tensors: dict[Size, StepTensors] = {}
 
     def stage(self, step: StepInput, columns: Columns, size: Size | None = None) -> Staged:
         """Send a step's inputs to the device: as they are, or rounded up to `size`, into its static tensors."""
         assert not len(columns.counts) or columns.counts.min() > 0, "a row without tokens has no place in a step"
-        at, blocks = self._new_blocks(step, columns)
-        places, fixed = _layout(size or columns.size)
-        tails = [(fixed, at), *_after(fixed, at, blocks, np.array(step.copies, dtype=np.int32).reshape(-1, 2))]
-        total = tails[-1][0] + tails[-1][1].nbytes
+        assert (columns.table_lens * self._block_size >= columns.starts + columns.counts).all(), "a table is too short"
+        new_places, new_blocks = self._new_blocks(step, columns)
+        shape = size or columns.size
+        places, total = _layout(shape, len(new_places), len(step.copies))
         pinned = torch.empty(total, dtype=torch.uint8, pin_memory=self._on_gpu)
         host = pinned.numpy()
         views: dict[str, np.ndarray] = {name: host[begin:end].view(dtype) for name, dtype, begin, end in places}
-        self._fill(views, step, columns, size or columns.size)
-        for begin, values in tails:
-            host[begin : begin + values.nbytes].view(values.dtype)[:] = values.ravel()
+        self._fill(views, step, columns, shape)
+        views["new_places"][:], views["new_blocks"][:] = new_places, new_blocks
+        views["copies"][:] = [block for pair in step.copies for block in pair]
         if size is not None:
-            buffer = self._static[:total]
-            buffer.copy_(pinned, non_blocking=True)
+            self._static[:total].copy_(pinned, non_blocking=True)
+            buffer, tensors = self._static, self.static_tensors(size)
         else:
             buffer = pinned.to(self._device, non_blocking=True)
-        at_device, blocks_device, copies = (
-            buffer[begin : begin + values.nbytes].view(_TORCH[values.dtype]) for begin, values in tails
-        )
-        if len(at):
-            self._tables.view(-1).index_copy_(0, at_device, blocks_device)
+            tensors = _tensors(buffer, shape)
+        tail = _views(buffer, places[-_TAIL:])
+        if len(new_places):
+            self._tables.view(-1).index_copy_(0, tail["new_places"], tail["new_blocks"])
         rows = len(columns.counts)
         return Staged(
             columns,
-            self.static_tensors(size) if size is not None else _tensors(buffer, columns.size),
-            copies.view(-1, 2),
+            tensors,
+            tail["copies"].view(-1, 2),
             views["sample_slot"][:rows],
             views["sample_position"][:rows],
         )
@@ -284,32 +287,24 @@ class Staging:
         assert (unread == (views["prev_row"] >= 0)).all(), "exactly the unread tokens come from the last step"
 
 
-def _layout(size: Size) -> tuple[list[tuple[str, "np.dtype[Any]", int, int]], int]:
-    """(name, dtype, first byte, last) of every field, and where the next thing may begin."""
+def _layout(size: Size, new_blocks: int = 0, copies: int = 0) -> tuple[list[_Place], int]:
+    """The place of every field, the last `_TAIL` of them of no fixed size; and the bytes of it all."""
     fields = [(name, dtype, size.tokens) for name, dtype in _TOKEN_FIELDS]
     fields += [(name, dtype, size.rows) for name, dtype in _ROW_FIELDS]
-    places: list[tuple[str, np.dtype[Any], int, int]] = []
+    fields += [("row_start", _INT32, size.rows + 1)]
+    fields += [("new_places", _INT64, new_blocks), ("new_blocks", _INT32, new_blocks), ("copies", _INT32, 2 * copies)]
+    places: list[_Place] = []
     begin = 0
-    for name, dtype, count in [*fields, ("row_start", _INT32, size.rows + 1)]:
+    for name, dtype, count in fields:
         end = begin + count * dtype.itemsize
         places.append((name, dtype, begin, end))
-        begin = _aligned(end)
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
     return places, begin
 
 
-def _aligned(place: int) -> int:
-    return -(-place // _ALIGNMENT) * _ALIGNMENT
-
-
-def _after(begin: int, before: np.ndarray, *arrays: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """First byte of each array, one behind the other; `before` begins at `begin`."""
-    places = []
-    for values in arrays:
-        begin, before = _aligned(begin + before.nbytes), values
-        places.append((begin, values))
-    return places
+def _views(buffer: torch.Tensor, places: list[_Place]) -> dict[str, torch.Tensor]:
+    return {name: buffer[begin:end].view(_TORCH[dtype]) for name, dtype, begin, end in places}
 
 
 def _tensors(buffer: torch.Tensor, size: Size) -> StepTensors:
-    places, _ = _layout(size)
-    return StepTensors(**{name: buffer[begin:end].view(_TORCH[dtype]) for name, dtype, begin, end in places})
+    return StepTensors(**_views(buffer, _layout(size)[0][:-_TAIL]))

@@ -23,7 +23,8 @@ PARAMS = [
 
 
 def generate(device: str, layout: Literal["packed", "padded"], steps: int = 24) -> list[list[int]]:
-    """Three rows of different lengths, the prompt whole, then a token per step; a copy of a block in the middle."""
+    """Three rows of different lengths, the prompt whole, then a token per step; in the middle they join again, with a
+    copy of a block."""
     runner, _ = build_runner(
         MODEL, device=device, dtype="float32", layout=layout, max_num_seqs=4, kv_cache_bytes=64 << 20, block_size=8
     )
@@ -31,7 +32,8 @@ def generate(device: str, layout: Literal["packed", "padded"], steps: int = 24) 
     tables = [list(range(1 + 9 * row, 9 + 9 * row)) for row in range(3)]
     rows = [list(prompt) for prompt in prompts]
     for step in range(steps):
-        joins = [RowState(i, p, prompts[i], []) for i, p in enumerate(PARAMS)] if step == 0 else []
+        joins = [RowState(i, p, prompts[i], rows[i][len(prompts[i]) :]) for i, p in enumerate(PARAMS)]
+        joins = joins if step in (0, 8) else []
         copies = []
         if step == 8:
             copies = [(table[0], 40 + row) for row, table in enumerate(tables)]
