@@ -1,8 +1,8 @@
 """Attention of ragged query rows over the KV pool: plain torch, the CPU path and the reference of every kernel.
 
 On a GPU `triton_attention.py` does the work, but for float64.
-Knows slots, rows and masks; no model. All decode rows of about the same context go in one grouped call, each longer
-chunk goes alone, so that no row pays for another's length. KV heads are never expanded.
+Knows slots, rows and masks; no model. Decode rows of about the same context share a call, each longer chunk goes
+alone, so that no row pays for another's length. KV heads are never expanded.
 """
 
 from dataclasses import dataclass, field
@@ -14,63 +14,64 @@ import torch.nn.functional as F
 
 from ropeway.kernels import triton_attention
 from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.cpu_decode import DecodeRows, Scratch, calls_of
 
 MAX_SCORES = 1 << 24
 """Scores held at once on the explicit path; longer chunks are cut along their queries."""
 
 SHORT_CONTEXT = 256
-"""Decode rows with at most this many tokens share one call, then one call per power of two."""
+"""In the padded layout decode rows of at most so many tokens share a forward, then one per power of two."""
 
 
 @dataclass(slots=True, frozen=True)
 class _Gather:
-    """Which slots a group reads, and what each query sees of them; the last column is each row's newest token."""
+    """Which slots a chunk reads, and what each query sees of them; the last column is its newest token."""
 
     slots: torch.Tensor
-    """[G*S] int64."""
+    """[S] int64."""
     mask: torch.Tensor | None
-    """[G,1,Q,S] bool, True = visible; None = plain causal, no pads."""
+    """[1,1,Q,S] bool, True = visible; None = plain causal, no pads."""
 
 
 @dataclass(slots=True)
-class _Group:
-    """G rows of one query length Q that share a call."""
+class _Chunk:
+    """A row of Q > 1 tokens."""
 
-    batch: LeftPaddedBatch
-    rows: list[int]
-    tokens: slice | torch.Tensor
-    """Where the rows' G*Q tokens stand among the batch's N."""
+    tokens: slice
+    """Where they stand among the batch's."""
+    context: int
+    context_len: torch.Tensor
+    """[1] int32: the same on the device."""
+    block_table: torch.Tensor
+    """[1,P] int32."""
+    block_size: int
     gathers: dict[int | None, _Gather] = field(default_factory=dict)
     """By sliding window: made once per step, shared by the layers."""
 
     @property
     def query_len(self) -> int:
-        return self.batch.query_lens[self.rows[0]]
+        return int(self.tokens.stop - self.tokens.start)
 
     def gather(self, window: int | None) -> _Gather:
-        """What the group reads in a layer with this sliding window (None = everything)."""
-        contexts = [self.batch.context_lens[row] for row in self.rows]
-        longest = max(*contexts, self.query_len)
+        """What the chunk reads in a layer with this sliding window (None = everything)."""
+        longest = max(self.context, self.query_len)
         if window is not None and window >= longest:
             window = None
         if window not in self.gathers:
-            width = longest if window is None else min(longest, window + self.query_len - 1)
-            self.gathers[window] = self._make_gather(window, width, padded=min(contexts) < width)
+            self.gathers[window] = self._make_gather(window, longest)
         return self.gathers[window]
 
-    def _make_gather(self, window: int | None, width: int, padded: bool) -> _Gather:
-        device = self.batch.block_table.device
-        rows = torch.tensor(self.rows, device=device)
-        context_len = self.batch.context_len[rows]
-        slots = context_slots(self.batch.block_table[rows], context_len, self.batch.block_size, width).flatten()
-        if not padded and (self.query_len == 1 or (self.query_len == width and window is None)):
+    def _make_gather(self, window: int | None, longest: int) -> _Gather:
+        width = longest if window is None else min(longest, window + self.query_len - 1)
+        slots = context_slots(self.block_table, self.context_len, self.block_size, width)[0]
+        if self.context == self.query_len and window is None:
             return _Gather(slots, None)
-        column = torch.arange(width, device=device)
-        query = column[width - self.query_len :, None]  # query i of a row stands in column S-Q+i
-        mask = (column <= query) & (column >= width - context_len[:, None, None])
+        column = torch.arange(width, device=slots.device)
+        query = column[width - self.query_len :, None]  # query i stands in column S-Q+i
+        mask = (column <= query) & (column >= width - self.context_len)
         if window is not None:
             mask &= query - column < window
-        return _Gather(slots, mask[:, None])
+        return _Gather(slots, mask[None, None])
 
 
 class AttentionMetadata:
@@ -78,10 +79,41 @@ class AttentionMetadata:
 
     def __init__(self, batch: LeftPaddedBatch) -> None:
         self._batch = batch
+        self.scratch = Scratch()
 
     @cached_property
-    def groups(self) -> list[_Group]:
-        return [_Group(self._batch, rows, _tokens_of(self._batch, rows)) for rows in grouped_rows(self._batch)]
+    def chunks(self) -> list[_Chunk]:
+        """The rows of more than one token."""
+        batch = self._batch
+        stops = list(accumulate(batch.query_lens))
+        return [
+            _Chunk(
+                slice(stops[row] - query, stops[row]),
+                batch.context_lens[row],
+                batch.context_len[row : row + 1],
+                batch.block_table[row : row + 1],
+                batch.block_size,
+            )
+            for row, query in enumerate(batch.query_lens)
+            if query > 1
+        ]
+
+    @cached_property
+    def decode(self) -> list[DecodeRows]:
+        """The rows of one token, those of like contexts together."""
+        batch = self._batch
+        starts = list(accumulate(batch.query_lens, initial=0))
+        rows = [row for row, query in enumerate(batch.query_lens) if query == 1]
+        contexts = [batch.context_lens[row] for row in rows]
+        device = batch.block_table.device
+        calls = []
+        for places in calls_of(contexts):
+            index = torch.tensor([rows[place] for place in places], device=device)
+            tokens = torch.tensor([starts[rows[place]] for place in places], device=device)
+            longest = max(1, *(contexts[place] for place in places))
+            table = batch.block_table[index].long()
+            calls.append(DecodeRows(tokens, batch.context_len[index].long(), table, batch.block_size, longest))
+        return calls
 
     @cached_property
     def ragged(self) -> triton_attention.RaggedRows:
@@ -138,23 +170,44 @@ def paged_attention(
             sinks=sinks,
         )
     out = q.new_empty(*q.shape[:2], v_pool.shape[-1])
-    for group in metadata.groups:
-        gather = group.gather(sliding_window)
-        rows = len(group.rows)
-        queries = q[group.tokens].view(rows, group.query_len, *q.shape[1:]).transpose(1, 2)  # [G,Hq,Q,D]
-        k, v = (  # [G,Hkv,S,D]
-            pool.flatten(0, 1).index_select(0, gather.slots).view(rows, -1, *pool.shape[2:]).transpose(1, 2)
-            for pool in (k_pool, v_pool)
+    for call in metadata.decode:
+        k, v, mask = call.gather(k_pool, v_pool, sliding_window, metadata.scratch)
+        attended = _decode_attention(q[call.tokens], k, v, mask, scale, softcap, sinks)
+        out.index_copy_(0, call.tokens, attended)
+    for chunk in metadata.chunks:
+        gather = chunk.gather(sliding_window)
+        queries = q[chunk.tokens].transpose(0, 1)[None]  # [1,Hq,Q,D]
+        k, v = (  # [1,Hkv,S,D]
+            pool.flatten(0, 1).index_select(0, gather.slots).transpose(0, 1)[None] for pool in (k_pool, v_pool)
         )
         if softcap is None and sinks is None:
-            causal = gather.mask is None and group.query_len > 1
+            grouped, causal = q.shape[1] != k.shape[1], gather.mask is None
             attended = F.scaled_dot_product_attention(
-                queries, k, v, gather.mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                queries, k, v, gather.mask, is_causal=causal, scale=scale, enable_gqa=grouped
             )
         else:
             attended = _explicit_attention(queries, k, v, gather.mask, scale, softcap, sinks)
-        out[group.tokens] = attended.transpose(1, 2).flatten(0, 1)
+        out[chunk.tokens] = attended[0].transpose(0, 1)
     return out
+
+
+def _decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One token per row: q [G,Hq,D], k [G,Hkv,S,D], v [G,Hkv,S,Dv], mask [G,1,1,S] -> [G,Hq,Dv]."""
+    if softcap is not None or sinks is not None:
+        if mask is None:
+            mask = k.new_ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+        return _explicit_attention(q[:, :, None], k, v, mask, scale, softcap, sinks)[:, :, 0]
+    # All query heads of a KV head as so many queries: its keys are read once.
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).flatten(1, 2)
 
 
 def _explicit_attention(
@@ -203,12 +256,3 @@ def grouped_rows(batch: LeftPaddedBatch, short_chunk: int | None = None) -> list
             key = ("chunk", row if short_chunk is None else (max(query, short_chunk) - 1).bit_length())
         groups.setdefault(key, []).append(row)
     return list(groups.values())
-
-
-def _tokens_of(batch: LeftPaddedBatch, rows: list[int]) -> slice | torch.Tensor:
-    """The rows' tokens among the batch's N; rows that follow each other need no copy."""
-    starts = list(accumulate(batch.query_lens, initial=0))
-    if rows == list(range(rows[0], rows[-1] + 1)):
-        return slice(starts[rows[0]], starts[rows[-1] + 1])
-    tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
-    return torch.tensor(tokens, device=batch.token_ids.device)

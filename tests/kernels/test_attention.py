@@ -160,4 +160,6 @@ def test_decode_rows_share_a_call() -> None:
     rows.append(RowInput(7, [1, 2, 3], 0, [1]))
     rows.append(RowInput(8, [1, 2, 3], 5, [1, 1]))
     batch = LeftPaddedBatch.build(StepInput(rows), BLOCK_SIZE, CPU)
-    assert [group.rows for group in AttentionMetadata(batch).groups] == [[0, 1, 2, 3, 4, 5], [6], [7], [8]]
+    metadata = AttentionMetadata(batch)
+    assert [call.tokens.tolist() for call in metadata.decode] == [[0, 1, 2, 3, 4, 5], [6]]
+    assert [chunk.tokens for chunk in metadata.chunks] == [slice(7, 10), slice(10, 13)]
