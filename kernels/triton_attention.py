@@ -11,29 +11,31 @@ One program takes a tile of BLOCK_Q consecutive tokens of one row times the GROU
     short   query_len <= 16 / GROUP (at least 1): decode and speculative rows, one tile each
     long    the others: prefill chunks, cut into tiles from their first token
 
-Where the tiles are too few to fill the device, the keys of a tile are split among several programs (flash-decoding);
-a second kernel merges their partial results in the order of the splits.
+Where the tiles are too few to fill the device, the keys of a tile are split among several programs (flash-decoding),
+always in whole key tiles. Those of short rows are cut as `triton_attention_plan.py` says, and the program that ends
+last merges its row's partial results; those of long rows are cut into equal numbers, and a second kernel merges. Both
+merge in the order of the keys.
 
 What a token's result depends on: key tiles begin at absolute multiples of BLOCK_N in its sequence, and the tile sizes
-follow from head sizes and dtype alone. The class follows from the row's own query_len. Only the number of splits
-follows from the batch (B, N and the width of the block table); splits are whole key tiles. With one fixed number of
-key tiles per split, counted from position 0, decode rows would not depend on their neighbours' number either.
+follow from head sizes and dtype alone. The class follows from the row's own query_len. Only how many tiles a split
+has follows from the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.triton_attention_kernels import attend, merge
-from ropeway.kernels.triton_jit import ceil_div, next_power_of_2
+from ropeway.kernels.triton_attention_plan import Plan, make_plan
+from ropeway.kernels.triton_jit import ceil_div, launch_options, next_power_of_2, starts_early
 
 WANTED_PROGRAMS = 512
 """Keys are split until about so many programs run: some for each of a large GPU's 132 multiprocessors. Half of it for
 long rows, of whose tiles a multiprocessor holds one."""
 
 MAX_SPLITS = 64
-"""Splits of one tile's keys; the merging kernel holds this many partial results at once."""
+"""Splits of a long row's tile; the merging kernel holds this many partial results at once."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,10 +52,27 @@ class RaggedRows:
     """No row has fewer tokens than this."""
     longest: int
     """No row has more tokens than this."""
+    _plans: dict[tuple[int, ...], Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Made by the first layer of a kind, for those after it."""
 
     @classmethod
     def of(cls, batch: LeftPaddedBatch) -> "RaggedRows":
         return cls(batch.block_table, batch.context_len, batch.row_start, min(batch.query_lens), batch.T)
+
+    def plan(self, kv_heads: int, short_query: int, block_n: int, window: int | None) -> Plan:
+        """How the keys of the short rows are cut."""
+        kind = (kv_heads, short_query, block_n, window or 0)
+        if kind not in self._plans:
+            self._plans[kind] = make_plan(
+                self.row_start,
+                self.context_len,
+                parts=max(1, WANTED_PROGRAMS // kv_heads),
+                kv_heads=kv_heads,
+                short_query=short_query,
+                block_n=block_n,
+                window=window,
+            )
+        return self._plans[kind]
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,7 +90,9 @@ class Tiling:
 
 def short_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     """Tiles of decode rows: `group` query heads per KV head, head sizes of K and V, bytes per number."""
-    return Tiling(max(16, next_power_of_2(group)), _keys(16384, head, head_v, itemsize), warps=4, stages=5)
+    block_m = max(16, next_power_of_2(group))
+    warps = 2 if block_m == 16 and max(head, head_v) <= 128 and itemsize == 2 else 4
+    return Tiling(block_m, min(64, _keys(32768, head, head_v, itemsize)), warps, stages=3)
 
 
 def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
@@ -150,40 +171,60 @@ class _Call:
         """Attend for the rows of one class, writing their tokens of `out` [N,Hq,Dv]."""
         q, rows, head_v = self.q, self.rows, out.shape[2]
         block_size, kv_heads, head = self.k_pool.shape[1:]
-        programs = tiles * kv_heads
-        wanted = WANTED_PROGRAMS if short else WANTED_PROGRAMS // 2
-        splits = _splits(wanted // programs, rows.block_table.shape[1] * block_size, tiling.block_n)
-        partial = out if splits == 1 else q.new_empty(programs, splits, tiling.block_m, head_v, dtype=torch.float32)
-        stats = out if splits == 1 else q.new_empty(programs, splits, 2, tiling.block_m, dtype=torch.float32)
+        group = q.shape[1] // kv_heads
+        splits, plan = 1, None
+        if short:
+            plan = rows.plan(kv_heads, short_query, tiling.block_n, self.sliding_window)
+            programs = plan.part_row.shape[0] * kv_heads
+        else:
+            keys = rows.block_table.shape[1] * block_size
+            splits = _splits(WANTED_PROGRAMS // 2 // (tiles * kv_heads), keys, tiling.block_n)
+            programs = tiles * kv_heads * splits
+        partial = stats = out
+        if short or splits > 1:
+            partial = q.new_empty(programs, tiling.block_m, head_v, dtype=torch.float32)
+            stats = q.new_empty(programs, 2, tiling.block_m, dtype=torch.float32)
         sizes = {
             "KV_HEADS": kv_heads,
-            "GROUP": q.shape[1] // kv_heads,
+            "GROUP": group,
             "HEAD_V": head_v,
             "BLOCK_DV": max(16, next_power_of_2(head_v)),
             "BLOCK_M": tiling.block_m,
-            "SHORT": short,
             "SHORT_QUERY": short_query,
             "SINKS": self.sinks is not None,
         }
         sinks = out if self.sinks is None else self.sinks
         where = (rows.row_start, rows.context_len, rows.context_len.shape[0])
-        attend[(programs * splits,)](
+        early = starts_early(q.device)
+        attend[(programs,)](
             *(q, self.k_pool, self.v_pool, out, partial, stats, sinks, *where),
-            *(rows.block_table, rows.block_table.stride(0), q.stride(0), q.stride(1), splits),
-            *(self.scale, self.softcap or 0.0, self.sliding_window or 0),
+            *(rows.block_table, rows.block_table.stride(0), *_parts(plan, rows)),
+            *(q.stride(0), q.stride(1), splits, self.scale, self.softcap or 0.0, self.sliding_window or 0),
             **sizes,
             HEAD=head,
             BLOCK_D=max(16, next_power_of_2(head)),
             BLOCK_SIZE=block_size,
             BLOCK_N=tiling.block_n,
+            SHORT=short,
+            LIVE=next_power_of_2(group * min(rows.longest, short_query)),
             SPLIT=splits > 1,
             SOFTCAP=self.softcap is not None,
             WINDOW=self.sliding_window is not None,
+            EARLY=early,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
+            **launch_options(early),
         )
         if splits > 1:
+            programs //= splits
             merge[(programs, tiling.block_m)](out, partial, stats, sinks, *where, **sizes, SPLITS=splits, num_warps=2)
+
+
+def _parts(plan: Plan | None, rows: RaggedRows) -> tuple[torch.Tensor, ...]:
+    """A plan's tensors, as arguments; in their place something that is not read."""
+    if plan is None:
+        return (rows.row_start,) * 5
+    return plan.part_row, plan.part_split, plan.first_part, plan.split_keys, plan.arrived
 
 
 def _splits(wanted: int, longest_context: int, block_n: int) -> int:

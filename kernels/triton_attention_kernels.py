@@ -3,46 +3,34 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from ropeway.kernels.triton_attention_plan import first_key
 from ropeway.kernels.triton_jit import jit
 
 try:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     tl = None
 
 
 @jit()
-def _locate(
-    row_start,
-    rows,
-    tile,
-    SHORT: tl.constexpr,
-    SHORT_QUERY: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """A tile's row, its first token and how many tokens it has: 0 if it is none of this launch's tiles.
+def _locate(row_start, rows, tile, SHORT_QUERY: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """A long row's tile: its row, first token, tokens from there on, and tokens of the tile: 0 if there is no such.
 
-    Tiles of short rows are numbered as the rows are. Those of row b begin at row_start[b] // BLOCK_Q + b otherwise,
-    which leaves every row at least as many numbers as it has tiles, and needs no list of them.
+    Tiles of row b are numbered from row_start[b] // BLOCK_Q + b, which leaves every row at least as many numbers as it
+    has tiles, and needs no list of them.
     """
-    row = tile
-    first_tile = tile
-    if not SHORT:
-        before = 0
-        for start in range(0, rows, 256):
-            index = start + tl.arange(0, 256)
-            inside = index < rows
-            begins = tl.load(row_start + index, mask=inside, other=0) // BLOCK_Q + index
-            before += tl.sum((inside & (begins <= tile)).to(tl.int32))
-        row = before - 1
-        first_tile = tl.load(row_start + row) // BLOCK_Q + row
+    before = 0
+    for start in range(0, rows, 256):
+        index = start + tl.arange(0, 256)
+        inside = index < rows
+        begins = tl.load(row_start + index, mask=inside, other=0) // BLOCK_Q + index
+        before += tl.sum((inside & (begins <= tile)).to(tl.int32))
+    row = before - 1
     begin = tl.load(row_start + row)
     query_len = tl.load(row_start + row + 1) - begin
-    offset = (tile - first_tile) * BLOCK_Q
-    if SHORT:
-        tokens = tl.where(query_len <= SHORT_QUERY, query_len, 0)
-    else:
-        tokens = tl.where(query_len > SHORT_QUERY, tl.minimum(query_len - offset, BLOCK_Q), 0)
+    offset = (tile - begin // BLOCK_Q - row) * BLOCK_Q
+    tokens = tl.where(query_len > SHORT_QUERY, tl.minimum(query_len - offset, BLOCK_Q), 0)
     return row, begin + offset, query_len - offset, tokens
 
 
@@ -152,6 +140,11 @@ def attend(
     rows,
     block_table,
     table_stride,
+    part_row,
+    part_split,
+    first_part,
+    split_keys,
+    arrived,
     q_stride_token,
     q_stride_head,
     splits,
@@ -169,21 +162,35 @@ def attend(
     BLOCK_N: tl.constexpr,
     SHORT: tl.constexpr,
     SHORT_QUERY: tl.constexpr,
+    LIVE: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One tile, one KV head, one split of the keys."""
+    """One tile, one KV head, one part of the keys."""
     LOG2E: tl.constexpr = 1.4426950408889634
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(0) // KV_HEADS % splits
-    # Long rows' last tiles have the most keys: they start first.
-    tile = tl.program_id(0) // KV_HEADS // splits
-    if not SHORT:
-        tile = tl.num_programs(0) // KV_HEADS // splits - 1 - tile
-    row, first, left, tokens = _locate(row_start, rows, tile, SHORT, SHORT_QUERY, BLOCK_Q)
+    part = tl.program_id(0) // KV_HEADS
+    if SHORT:
+        row = tl.load(part_row + part)
+        if row < 0:
+            return
+        split = tl.load(part_split + part)
+        length = tl.load(split_keys)
+        first = tl.load(row_start + row)
+        tokens = tl.load(row_start + row + 1) - first
+        left = tokens
+    else:
+        split = part % splits
+        # The last tiles have the most keys: they start first.
+        tile = tl.num_programs(0) // KV_HEADS // splits - 1 - part // splits
+        row, first, left, tokens = _locate(row_start, rows, tile, SHORT_QUERY, BLOCK_Q)
     context = tl.load(context_len + row)
     if tokens <= 0:
         return
@@ -196,20 +203,21 @@ def attend(
     #                               keys seen by any    the tile's tokens
     first_position = context - left
     highest = first_position + tokens - 1
-    lowest = 0
-    if WINDOW:
-        lowest = tl.maximum(first_position - window + 1, 0)
-    begin = lowest // BLOCK_N * BLOCK_N
+    lowest, begin = first_key(first_position, window, WINDOW, BLOCK_N)
     end = tl.maximum(highest + 1, begin)
-    if SPLIT:
+    if not SHORT and SPLIT:
         length = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
+    if SHORT or SPLIT:
         begin += split * length
         end = tl.minimum(end, begin + length)
     whole = begin
-    if not WINDOW:
+    if not WINDOW and not SHORT:
         whole = tl.minimum(tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, begin), end)
 
     dim = tl.arange(0, BLOCK_D)
+    k_base = k_pool + kv_head * HEAD
+    v_base = v_pool + kv_head * HEAD_V
+    table = block_table + row.to(tl.int64) * table_stride
     q_offset = (first + token).to(tl.int64) * q_stride_token + head * q_stride_head
     q = tl.load(q_at + q_offset[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD)[None, :], other=0.0)
     position = first_position + token
@@ -219,10 +227,7 @@ def attend(
     factor = scale * LOG2E
     if SOFTCAP:
         factor = 2 * scale * LOG2E / softcap
-    k_base = k_pool + kv_head * HEAD
-    v_base = v_pool + kv_head * HEAD_V
-    table = block_table + row.to(tl.int64) * table_stride
-    if not WINDOW:
+    if not WINDOW and not SHORT:
         acc, total, peak = _walk(
             acc, total, peak, q, k_base, v_base, table, begin, whole, lowest, highest, position, factor,
             softcap * LOG2E, window, KV_HEADS, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_SIZE, BLOCK_N, SOFTCAP, WINDOW,
@@ -235,13 +240,30 @@ def attend(
     )  # fmt: skip
 
     dim_v = tl.arange(0, BLOCK_DV)
-    if SPLIT:
+    parts = 1
+    if SHORT:
+        first_of_row = tl.load(first_part + row)
+        parts = tl.load(first_part + row + 1) - first_of_row
+        index = part.to(tl.int64) * KV_HEADS + kv_head
+    elif SPLIT:
+        parts = splits
         index = ((tile * KV_HEADS + kv_head) * splits + split).to(tl.int64)
+    if (SHORT or SPLIT) and parts > 1:
         tl.store(stats + index * 2 * BLOCK_M + pair, peak)
         tl.store(stats + (index * 2 + 1) * BLOCK_M + pair, total)
         if begin < end:
             at = partial + (index * BLOCK_M + pair)[:, None] * HEAD_V + dim_v[None, :]
             tl.store(at, acc, mask=real[:, None] & (dim_v < HEAD_V)[None, :])
+        if SHORT:
+            # The program that comes last merges what all have stored.
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1, sem="acq_rel")
+            if before == parts - 1:
+                tl.store(arrived + row * KV_HEADS + kv_head, 0)
+                _merge_parts(
+                    out, partial, stats, sinks, first_of_row, parts, first, tokens, kv_head,
+                    KV_HEADS, GROUP, HEAD_V, BLOCK_DV, BLOCK_M, LIVE, SINKS,
+                )  # fmt: skip
     else:
         sink = peak
         if SINKS:
@@ -250,6 +272,66 @@ def attend(
         at = ((first + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_V
         mask = real[:, None] & (dim_v < HEAD_V)[None, :]
         tl.store(out + at[:, None] + dim_v[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+@jit()
+def _merge_parts(
+    out,
+    partial,
+    stats,
+    sinks,
+    first_of_row,
+    parts,
+    first,
+    tokens,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LIVE: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """A short row's partial results, summed in the order of its parts; past the first LIVE pairs there are none."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    STATS: tl.constexpr = 2048 // LIVE if LIVE > 32 else 64
+    AT_ONCE: tl.constexpr = 4096 // (LIVE * BLOCK_DV) if LIVE * BLOCK_DV <= 2048 else 2
+    pair = tl.arange(0, LIVE)
+    dim_v = tl.arange(0, BLOCK_DV)
+    head = kv_head * GROUP + pair % GROUP
+    real = pair // GROUP < tokens
+    first_index = first_of_row.to(tl.int64) * KV_HEADS + kv_head
+    total = tl.zeros([LIVE], tl.float32)
+    peak = tl.full([LIVE], float("-inf"), tl.float32)
+    for start in range(0, parts, STATS):
+        part = start + tl.arange(0, STATS)
+        at = (first_index + part * KV_HEADS)[:, None] * 2 * BLOCK_M + pair[None, :]
+        there = (part < parts)[:, None] & real[None, :]
+        peaks = tl.load(stats + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats + at + BLOCK_M, mask=there, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp2(peak - origin) + tl.sum(totals * tl.exp2(peaks - origin[None, :]), 0)
+        peak = new_peak
+    origin = tl.where(peak == float("-inf"), 0.0, peak)
+    acc = tl.zeros([LIVE, BLOCK_DV], tl.float32)
+    for start in tl.range(0, parts, AT_ONCE, num_stages=3):
+        part = start + tl.arange(0, AT_ONCE)[:, None, None]
+        index = first_index + part * KV_HEADS
+        there = (part < parts) & real[None, :, None]
+        at = stats + index * 2 * BLOCK_M + pair[None, :, None]
+        peaks = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        at = (index * BLOCK_M + pair[None, :, None]) * HEAD_V + dim_v[None, None, :]
+        sums = tl.load(partial + at, mask=there & (dim_v < HEAD_V)[None, None, :], other=0.0, cache_modifier=".cg")
+        acc += tl.sum(sums * tl.exp2(peaks - origin[None, :, None]), 0)
+    sink = peak
+    if SINKS:
+        sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+    result = _finish(acc, total, peak, sink, SINKS)
+    at = ((first + pair // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_V
+    mask = real[:, None] & (dim_v < HEAD_V)[None, :]
+    tl.store(out + at[:, None] + dim_v[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
 @jit(run_time=("rows",))
@@ -266,16 +348,15 @@ def merge(
     HEAD_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SHORT: tl.constexpr,
     SHORT_QUERY: tl.constexpr,
     SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """The splits' partial results of one pair of token and head, summed; what an empty split left is not read."""
+    """The splits' partial results of one pair of a long row, summed; what an empty split left is not read."""
     LOG2E: tl.constexpr = 1.4426950408889634
     program = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1)
-    _, first, _, tokens = _locate(row_start, rows, tl.program_id(0) // KV_HEADS, SHORT, SHORT_QUERY, BLOCK_M // GROUP)
+    _, first, _, tokens = _locate(row_start, rows, tl.program_id(0) // KV_HEADS, SHORT_QUERY, BLOCK_M // GROUP)
     if pair // GROUP >= tokens:
         return
     index = program * SPLITS + tl.arange(0, SPLITS)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,21 @@ def jit(run_time: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
         return _Missing() if triton is None else triton.jit(function, do_not_specialize=list(run_time))
 
     return wrap
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one in front of it has ended (programmatic dependent launch).
+
+    Its programs then start while the last of the other's still run. A kernel that is launched so must wait
+    (`gdc_wait`) before it reads or writes anything; one that waits and then calls `gdc_launch_dependents` lets the
+    next such kernel start as early."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """What a launch says so that its kernel `starts_early`; nothing, where Triton may not know the word."""
+    return {"launch_pdl": True} if early else {}
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -3,7 +3,7 @@
 Knows tensors only. Two kernels, tilings fixed by the shape alone:
 
     one row        one program multiplies 2 rows of the weight; its threads share K
-    up to 32 rows  one program multiplies 64 rows of the weight, K in order; where that makes too few programs, 16
+    few rows       one program multiplies 64 rows of the weight, K in order; where that makes too few programs, 16
                    rows, K shared by its 4 warps. x is padded to 16 or 32 rows
 
 Nothing is summed across programs, so a result depends on its own row of x, the weight and the kernel: on no
@@ -16,11 +16,9 @@ programs start while the last of the other's still run, and wait with the first 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit
+from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
 
 try:
     import triton.language as tl
@@ -33,8 +31,13 @@ FEW_OUTPUTS = 4096
 
 
 def max_rows(outputs: int) -> int:
-    """Rows of x up to which this pays for a weight of so many rows; beyond, cuBLAS is as fast."""
-    return 16 if outputs < FEW_OUTPUTS else 32
+    """Rows of x up to which this pays for a weight of so many rows; beyond, cuBLAS is as fast.
+
+    So it is for 2 rows already where 64 rows per program make more programs than a large GPU runs at once, but not
+    many times as many."""
+    if outputs < FEW_OUTPUTS:
+        return 16
+    return 1 if 264 * 64 < outputs < 1024 * 64 else 32
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,10 +47,10 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, k), n = x.shape, weight.shape[0]
     out = x.new_empty(rows, n)
-    early = _starts_early(x.device)
+    early = starts_early(x.device)
     where = (x, weight, weight if bias is None else bias, out, rows, n, k, x.stride(0))
-    shared = {"BIAS": bias is not None, "EARLY": early} | ({"launch_pdl": True} if early else {})
-    if rows == 1:
+    shared = {"BIAS": bias is not None, "EARLY": early} | launch_options(early)
+    if rows == 1 and (k >= 2048 or n < 8192):  # a program with less to read ends before it has paid its start
         _one_row[(ceil_div(n, 2),)](*where, BLOCK_N=2, BLOCK_K=1024, EVEN=k % 1024 == 0, **shared, num_warps=4)
         return out
     slices = 4 if n < FEW_OUTPUTS else 1
@@ -65,11 +68,6 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         num_stages=4 if slices > 1 or programs > 256 else 7,  # bytes on their way: several programs' or one's
     )
     return out
-
-
-@cache
-def _starts_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @jit(run_time=("rows",))

@@ -117,7 +117,9 @@ def test_in_a_cuda_graph_without_waiting() -> None:
     q = torch.zeros_like(case.q)
 
     def attend() -> torch.Tensor:
-        return paged_attention(q, case.k_pool, case.v_pool, static, scale=0.1)
+        return paged_attention(
+            q, case.k_pool, case.v_pool, replace(static), scale=0.1
+        )  # one step's rows, with its plan
 
     attend()
     torch.cuda.set_sync_debug_mode("error")
