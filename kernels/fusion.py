@@ -37,6 +37,7 @@ from ropeway.kernels.fusion_modules import (
 )
 from ropeway.kernels.fusion_rotary import RotaryCall, rotary_calls, table_forwards
 from ropeway.kernels.probe import allowed_difference, largest_difference, packed_logits
+from ropeway.kernels.quantization import multiplies_in_int8
 
 FP32_RELATIVE = 1e-4
 """Of the largest logit: what another order of additions may change in fp32."""
@@ -122,7 +123,7 @@ class _Fusing:
         end = recording.watch(self._model)
         before = packed_logits(self._model, self._max_model_len)
         end()
-        if self._model.dtype == torch.float32:
+        if self._model.dtype == torch.float32 and not multiplies_in_int8(self._model):
             allowed = FP32_RELATIVE * max(1.0, *(float(logits.abs().max()) for logits in before))
         self._merge(recording)
         self._rotations(calls)

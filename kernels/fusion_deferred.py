@@ -107,12 +107,13 @@ class Sum(Deferred):
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor | None, uses: Uses) -> None:
         self._value = a if b is None else None
-        self._terms = (a, b)
+        self._terms = None if b is None else (a, b)
         self._uses = uses
 
     def compute(self) -> torch.Tensor:
+        assert self._terms is not None
         a, b = self._terms
-        assert b is not None
+        self._terms = None
         return a + b
 
     def then(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,11 +126,11 @@ class Sum(Deferred):
 
     def normed(self, norm: Norm) -> torch.Tensor:
         """RMSNorm of the value; computes the value on the way if it is still to come."""
-        a, b = self._terms
-        if self._value is not None or b is None:
+        if self._terms is None:
             return rms_norm(self.value(), norm)[0]
         self._uses.fused += 1
-        result, self._value = rms_norm(a, norm, b)
+        result, self._value = rms_norm(self._terms[0], norm, self._terms[1])
+        self._terms = None  # they are not wanted any more, and large
         return result
 
 

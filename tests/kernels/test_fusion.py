@@ -1,6 +1,7 @@
 """Fused models against themselves unfused, in every packed family; and everything that must not be fused, or not so."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from ropeway.kernels.fusion import FusionReport, fuse
 from ropeway.kernels.fusion_modules import Slice
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.linear import use_fast_linears
+from ropeway.kernels.loader import load_model
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
+from ropeway.kernels.probe import packed_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -172,6 +175,17 @@ def test_modules_that_somebody_else_has_replaced_are_left_alone() -> None:
     report = fuse(model, MAX_MODEL_LEN)
     assert (report.merged, report.norms) == (4, 4)  # q and v of that layer still go together
     assert type(attention.k_proj) is Quantised and model.model.norm.forward is replaced
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "bitsandbytes-int8"])
+def test_quantised_layers_are_not_merged(tmp_path: Path, kind: str) -> None:
+    """Guards packed weights, which cannot be put one after the other; everything around them is fused all the same."""
+    build(FAMILIES["llama"]).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), quantization=kind, device="cpu", max_model_len=MAX_MODEL_LEN).model
+    expected = packed_logits(model, MAX_MODEL_LEN)
+    report = fuse(model, MAX_MODEL_LEN)
+    assert (report.merged, report.norms, report.residuals, report.rotations, report.gates) == (0, 5, 4, 2, 2)
+    assert largest_difference(packed_logits(model, MAX_MODEL_LEN), expected) < 1e-2
 
 
 def test_other_dtypes_stay_plain() -> None:

@@ -67,6 +67,16 @@ def test_only_wanted_logits_are_computed() -> None:
     assert largest_difference(list(logits), [plain[0][1], plain[1][0]]) < 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.packed and family.common])
+def test_the_head_runs_on_wanted_tokens_alone(name: str) -> None:
+    """Guards the head's cost in every family: one that takes no index of tokens would multiply all of a prompt's."""
+    model = build(FAMILIES[name])
+    seen: list[torch.Size] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    PackedForward(model, KVPool(8, BLOCK_SIZE))(step())
+    assert seen == [(1, 2, 64)]
+
+
 def test_a_step_of_unfinished_chunks_has_no_logits() -> None:
     """Guards steps that sample nothing: an empty index must not mean all."""
     row = RowInput(0, [5, 6, 7], 0, [1], sample=False)
