@@ -60,8 +60,8 @@ class Flight:
     """[B] bool: rows that sample."""
     top_counts: dict[int, int]
     """Row -> most likely tokens to report, for rows that want logprobs."""
-    results: list[torch.Tensor | None]
-    """On the host once the step is done: ids, whether they are finite, and a `Sampled`'s logprobs."""
+    sampled: Sampled
+    """On the host, once the step is done."""
     computed_slots: int
     clock: _Clock
     before: _Clock | None
@@ -72,17 +72,21 @@ class Flight:
         """Wait for the step and bring its results to the host."""
         self.clock.wait()
         self.was_read = True
-        ids, finite, *_ = (result.numpy()[: len(self.samples)] for result in self.results[:2] if result is not None)
+        rows = len(self.samples)
         return StepOutput(
-            np.where(self.samples, ids, -1).tolist(),
-            (finite | ~self.samples).tolist(),
+            np.where(self.samples, self.sampled.token_ids.numpy()[:rows], -1).tolist(),
+            (self.sampled.finite.numpy()[:rows] | ~self.samples).tolist(),
             self._logprobs(),
             computed_slots=self.computed_slots,
             host_gap_seconds=0.0 if self.before is None else self.clock.idle_since(self.before),
         )
 
     def _logprobs(self) -> dict[int, TokenLogprobs]:
-        chosen, ids, values = ([] if result is None else result.tolist() for result in self.results[2:])
+        if self.sampled.logprobs is None:
+            return {}
+        chosen = self.sampled.logprobs.tolist()
+        ids = [] if self.sampled.top_ids is None else self.sampled.top_ids.tolist()
+        values = [] if self.sampled.top_logprobs is None else self.sampled.top_logprobs.tolist()
         return {
             row: TokenLogprobs(chosen[row], list(zip(ids[row], values[row], strict=True))[:count] if count else [])
             for row, count in self.top_counts.items()
@@ -148,11 +152,10 @@ class ModelRunner:
             sampled = self._replay(graph, lines)
             computed_slots = graph.size.tokens
         clock.mark(1)
-        results = (sampled.token_ids, sampled.finite, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
         flight = Flight(
             columns.samples,
             self._top_counts(staged.sample_slots),
-            [None if result is None else self._to_host(result) for result in results],
+            self._to_host(sampled),
             computed_slots,
             clock,
             None if self._last is None or self._last.was_read else self._last.clock,
@@ -191,10 +194,16 @@ class ModelRunner:
             counts[row] = needs.logprobs
         return counts
 
-    def _to_host(self, result: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, sampled: Sampled) -> Sampled:
         """A copy in memory that a GPU can write to while nobody waits."""
-        host = torch.empty_like(result, device="cpu", pin_memory=self._device.type == "cuda")
-        return host.copy_(result, non_blocking=True)
+
+        def copy(result: torch.Tensor) -> torch.Tensor:
+            host = torch.empty_like(result, device="cpu", pin_memory=self._device.type == "cuda")
+            return host.copy_(result, non_blocking=True)
+
+        logprobs = (sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+        more = [None if result is None else copy(result) for result in logprobs]
+        return Sampled(copy(sampled.token_ids), copy(sampled.finite), *more)
 
     def _replay(self, graph: StepGraph, lines: Lines) -> Sampled:
         """Forward and sampler; lines that no captured kind covers are sampled plainly."""
