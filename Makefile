@@ -42,12 +42,8 @@ format: install  ## rewrite what `make check` would complain about, where that i
 test: install    ## the tests (under 15 minutes on 2 cores)
 	$(PYTEST)
 
-test-tools:      ## nginx and Prometheus' promtool, which long tests run; as root on Debian or Ubuntu
-	@PATH=$$PATH:/usr/sbin:/usr/local/sbin; if ! command -v nginx >/dev/null || ! command -v promtool >/dev/null; then \
-	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || \
-	    { echo "Install nginx and promtool (of Prometheus), or run this as root on Debian or Ubuntu" >&2; exit 1; }; \
-	  apt-get update -q && apt-get install -q -y --no-install-recommends nginx-light prometheus; \
-	fi
+test-tools:      ## nginx and Prometheus' promtool, which long tests run: installed as root on Debian or Ubuntu, never started
+	@sh tests/deploy/install_tools.sh
 
 test-all: test test-tools  ## the long ones too; installs what test-tools says
 	$(PYTEST) -m 'slow and not gpu'
