@@ -7,6 +7,7 @@ Knows no tensors (the runner does), no processes and no sockets. One thread call
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal, Protocol
@@ -53,17 +54,25 @@ class StepStats:
     """Rows of the last step."""
     last_decode_rows: int = 0
     """Those of them that computed a single token on top of a cache."""
+    last_host_gap_seconds: float = 0.0
+    """How long the device had nothing to do before the last step."""
 
 
 class Engine:
     """One scheduler, one runner, and the steps between them that are launched but not read."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, lag: Literal[0, 1]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, lag: Literal[0, 1], clock: Callable[[], float] = perf_counter
+    ) -> None:
+        """`clock` measures steps, in seconds."""
+        self._clock = clock
         self.scheduler = scheduler
         self.runner = runner
         self.lag = lag
         self.stats = StepStats()
-        self._unread: deque[tuple[StepPlan, Flight]] = deque()
+        self._unread: deque[tuple[StepPlan, Flight, float]] = deque()
+        self._last_end = 0.0
+        """When the last step was read."""
 
     def add(self, owner: int, request: AddRequest) -> None:
         """Queues a request of API worker `owner`. One that cannot be run is refused by the next step."""
@@ -91,22 +100,29 @@ class Engine:
         Args:
             now: `time.monotonic()`, for deadlines.
         """
-        begin = perf_counter()
+        begin = self._clock()
         plan = self.scheduler.plan(now)
         if plan is not None:
-            self._unread.append((plan, self.runner.launch(plan.step)))
+            launched = self._clock()
+            self._unread.append((plan, self.runner.launch(plan.step), launched))
         # With nothing new to hide behind, what is unread is read.
         while len(self._unread) > (self.lag if plan is not None else 0):
             self._read(begin)
         return self.scheduler.take_outputs()
 
     def _read(self, begin: float) -> None:
-        plan, flight = self._unread.popleft()
+        plan, flight, launched = self._unread.popleft()
         output = flight.read()
+        end = self._clock()
+        # Steps compute one after the other: it began when it was launched, or when the one before it was done.
+        seconds = end - max(launched, self._last_end)
+        self._last_end = end
+        self.scheduler.pace.observe(plan.decode_rows, plan.num_tokens - plan.decode_rows, seconds)
         self.scheduler.update(plan, output)
         self.stats.steps += 1
-        self.stats.real_slots += sum(len(row.token_ids) for row in plan.step.rows)
+        self.stats.real_slots += plan.num_tokens
         self.stats.computed_slots += output.computed_slots
-        self.stats.last_step_seconds = perf_counter() - begin
+        self.stats.last_step_seconds = self._clock() - begin
         self.stats.last_rows = len(plan.rows)
-        self.stats.last_decode_rows = sum(row.start > 0 and len(row.token_ids) == 1 for row in plan.step.rows)
+        self.stats.last_decode_rows = plan.decode_rows
+        self.stats.last_host_gap_seconds = output.host_gap_seconds

@@ -1,9 +1,21 @@
 """One step on its way from a draft to a launch. Knows which positions of which rows it computes, not why."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
 from ropeway.scheduler.row import Row
+
+Reason = Literal[
+    "token budget",  # the step has as many tokens as it may
+    "prefill share",  # more prompt tokens would hold up the rows that decode
+    "row budget",  # the batch has as many rows as it may
+    "no free blocks",  # what is there belongs to rows that come first
+    "leader prefilling",  # another choice is computing the prompt that this one will share
+    "token unread",  # the unread token may end the row, or the host must see it first
+    "preempted",  # the row gave its blocks to one that comes first
+]
+"""Why a row was not in a step, or is in the batch no more."""
 
 
 @dataclass(slots=True)
@@ -15,6 +27,10 @@ class StepPlan:
 
     rows: list[Row]
     step: StepInput
+    num_tokens: int
+    """That the step computes."""
+    decode_rows: int
+    """Rows that were running and compute the one token that they lack."""
 
 
 @dataclass(slots=True)
@@ -23,6 +39,12 @@ class Draft:
 
     tokens_left: int
     """Of the step's token budget."""
+    why_full: Reason = "token budget"
+    """Why a row finds no tokens left."""
+    num_tokens: int = 0
+    """In the spans."""
+    decode_rows: int = 0
+    """Of the spans; counted by `limit`."""
     spans: dict[Row, tuple[int, int]] = field(default_factory=dict)
     """The positions [start, stop) that each row computes, in the order of the rows in the step."""
     joins: list[RowState] = field(default_factory=list)
@@ -36,12 +58,23 @@ class Draft:
         """Puts a row into the step."""
         self.spans[row] = start, stop
         self.tokens_left -= stop - start
+        self.num_tokens += stop - start
 
     def drop(self, row: Row) -> None:
         """Takes a row out of the step again, or keeps it out."""
         self.victims.add(row)
-        start, stop = self.spans.pop(row, (0, 0))
-        self.tokens_left += stop - start
+        if row in self.spans:
+            start, stop = self.spans.pop(row)
+            self.tokens_left += stop - start
+            self.num_tokens -= stop - start
+            self.decode_rows -= row.num_pending == 1
+
+    def limit(self, share: int) -> None:
+        """All rows that decode are in: at most `share` tokens may ride along, if there are any such rows."""
+        self.decode_rows = len(self.spans)
+        if self.spans and share < self.tokens_left:
+            self.tokens_left = share
+            self.why_full = "prefill share"
 
     def launch(self) -> StepPlan:
         """Advances the rows: from here on the step counts as launched."""
@@ -57,4 +90,4 @@ class Draft:
             row.computed = stop
             row.in_flight = unread + sample
             row.place = place
-        return StepPlan(list(self.spans), StepInput(parts, self.joins, self.copies))
+        return StepPlan(list(self.spans), StepInput(parts, self.joins, self.copies), self.num_tokens, self.decode_rows)

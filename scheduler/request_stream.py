@@ -84,7 +84,7 @@ class RequestStream:
         return [] if self._open else None
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """`listener` is called whenever there may be news, at most once per message of the engine. It must not raise."""
+        """`listener`, which must not raise, is called whenever there may be news: at most once per engine's message."""
         self._listener = listener
 
     def abort(self, choice: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Scheduler: which tokens of which rows the next step computes, and what a finished step means for its rows.
 
 One rule: a row has `num_tokens` and `computed`, and every step lets the second catch up with the first. There is no
-prefill phase and no decode phase. Three budgets bound a step: rows, tokens and KV blocks.
+prefill phase and no decode phase. Three budgets bound a step: rows, tokens and KV blocks; `Pace` says how many prompt
+tokens may ride along with rows that decode.
 
 A row's way:    add -> waiting -> running -> finished
                           ^----------'  preempted: its blocks are given back, its tokens will be computed again
@@ -21,19 +22,10 @@ from typing import Literal, NamedTuple
 from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
-from ropeway.scheduler.plan import Draft, StepPlan
+from ropeway.scheduler.pace import Pace
+from ropeway.scheduler.plan import Draft, Reason, StepPlan
 from ropeway.scheduler.row import InvalidRequest, Row, rows_of
 from ropeway.scheduler.waiting import Waiting
-
-Reason = Literal[
-    "token budget",  # the step has as many tokens as it may
-    "row budget",  # the batch has as many rows as it may
-    "no free blocks",  # what is there belongs to rows that come first
-    "leader prefilling",  # another choice is computing the prompt that this one will share
-    "token unread",  # the unread token may end the row, or the host must see it first
-    "preempted",  # the row gave its blocks to one that comes first
-]
-"""Why a row was not in a step, or is in the batch no more."""
 
 
 class RequestTooLong(InvalidRequest):
@@ -83,6 +75,8 @@ class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
+        self.pace = Pace()
+        """Whoever measures steps tells it."""
         self.waiting = Waiting()
         self.running: list[Row] = []
         """In the order of `Row.rank`."""
@@ -164,7 +158,10 @@ class Scheduler:
         chunks: list[Row] = []
         for row in self.running:
             (decoding if row.num_pending == 1 else chunks).append(row)
-        for row in decoding + chunks:
+        for row in decoding:
+            self._carry_on(row, draft)
+        draft.limit(self.pace.share)
+        for row in chunks:
             self._carry_on(row, draft)
         self._admit_waiting(draft)
         return draft.launch() if draft.spans else None
@@ -178,7 +175,7 @@ class Scheduler:
             self.stats.reasons["token unread"] += 1
             return
         if not draft.tokens_left:
-            self.stats.reasons["token budget"] += 1
+            self.stats.reasons[draft.why_full] += 1
             return
         stop = min(num_tokens, row.computed + draft.tokens_left)
         if stop <= len(row.block_table) * self.pool.block_size or self._make_room(row, stop, draft):
@@ -232,7 +229,7 @@ class Scheduler:
         if not self._free_slots:
             return "row budget"
         if not draft.tokens_left:
-            return "token budget"
+            return draft.why_full
         leader = self._leader(row)
         if leader is not None and not leader.holds_prompt:
             return "leader prefilling"

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Literal
 
 from fake_runner import VOCAB, FakeRunner, next_token
@@ -111,7 +112,7 @@ class Run:
         limits = Limits(scenario.max_num_seqs, scenario.max_num_batched_tokens, scenario.max_model_len, scenario.scope)
         self.scheduler = Scheduler(limits, self.pool)
         self.runner = FakeRunner(scenario.num_blocks, scenario.block_size, scenario.broken, self.pool.is_published)
-        self.engine = Engine(self.scheduler, self.runner, scenario.lag)
+        self.engine = Engine(self.scheduler, self.runner, scenario.lag, count(0.0, 0.01).__next__)
 
     def play(self) -> None:
         events = [arrival.at for arrival in self.scenario.arrivals]

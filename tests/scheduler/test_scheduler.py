@@ -7,6 +7,7 @@ from desk import OWNER, Desk, shape
 
 from ropeway.kernels.step import TokenLogprobs
 from ropeway.scheduler.messages import ChoiceStart
+from ropeway.scheduler.pace import Pace
 
 # ---- the rule and the budgets ----
 
@@ -304,3 +305,33 @@ def test_a_resumed_row_that_had_ended_just_ends(output_ids: list[int], reason: s
     (output,) = desk.scheduler.take_outputs()[OWNER]
     assert (output.choice, output.token_ids, output.finish_reason) == (1, [], reason)
     assert shape(desk.plan()) == [(1, 0, 3)]
+
+
+# ---- the share of prompts ----
+
+
+class FixedPace(Pace):
+    """Lets so many prompt tokens ride along."""
+
+    share = 40
+
+
+def test_a_long_prompt_rides_along_in_small_pieces() -> None:
+    """Guards ITL: beside rows that decode a prompt gets its share only, and the plan says so; alone it gets all."""
+    desk = Desk(tokens=1000, context=1000, blocks=300)
+    desk.scheduler.pace = FixedPace()
+    desk.add(1, prompt=100, max_tokens=4)
+    plan = desk.plan()
+    assert shape(plan) == [(1, 0, 100)] and (plan.num_tokens, plan.decode_rows) == (100, 0)
+    desk.read(plan)
+    desk.add(2, prompt=90, max_tokens=1)
+    desk.add(3, prompt=4, max_tokens=1)
+    plan = desk.plan()
+    assert shape(plan) == [(1, 100, 1), (2, 0, 40)] and (plan.num_tokens, plan.decode_rows) == (41, 1)
+    assert desk.reason("prefill share") == 1 and desk.reason("token budget") == 0
+    desk.read(plan)
+    plan = desk.plan()
+    assert shape(plan) == [(1, 101, 1), (2, 40, 40)]
+    desk.read(plan)
+    desk.scheduler.abort(OWNER, 1)
+    assert shape(desk.plan()) == [(2, 80, 10), (3, 0, 4)]
