@@ -73,7 +73,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(200, {"files": files})
         elif not self.commits:
             self.commits.append([json.loads(line) for line in body.splitlines()])
-            self.answer(200, {"commitUrl": "http://hub/me/model/commit/1", "commitOid": "1"})
+            self.answer(200, {"commitUrl": "https://huggingface.co/me/model/commit/1", "commitOid": "1"})
         else:
             self.answer(403, {"error": "no"})
 
@@ -105,7 +105,7 @@ def test_push(hub: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.Capture
     run("save", str(tmp_path), "max_new_tokens=50")
     capsys.readouterr()
     assert run("push", str(tmp_path), "me/model", "--message", "shorter") == 0
-    assert capsys.readouterr().out.strip() == "http://hub/me/model/commit/1"
+    assert capsys.readouterr().out.strip() == "https://huggingface.co/me/model/commit/1"
     head, file = Hub.commits[0]
     assert head["value"]["summary"] == "shorter" and file["value"]["path"] == "generation_config.json"
     assert run("push", str(tmp_path), "me/model") == 2
