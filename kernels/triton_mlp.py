@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit
+from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
 from ropeway.kernels.triton_norm import rows_of
 
 try:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     tl = None
 
@@ -26,11 +27,14 @@ def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor
     up_outer, up_inner = rows_of(up)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     width = gate.shape[-1]
+    early = starts_early(gate.device)
     _gated[(outer.size * inner.size, ceil_div(width, BLOCK))](
         *(gate, up, out, inner.size, outer.stride, inner.stride, up_outer.stride, up_inner.stride),
         WIDTH=width,
         ACTIVATION=activation,
         BLOCK=BLOCK,
+        EARLY=early,
+        **launch_options(early),
         num_warps=4,
     )
     return out
@@ -49,6 +53,7 @@ def _gated(
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """BLOCK numbers of one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -56,6 +61,9 @@ def _gated(
     mask = column < WIDTH
     outer = row // inner
     within = row % inner
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(gate + outer * gate_stride_outer + within * gate_stride_inner + column, mask=mask, other=0).to(
         tl.float32
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
+from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
 
 try:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     tl = None
 
@@ -42,6 +43,7 @@ def rms_norm(
     other = x if residual is None else residual
     block = next_power_of_2(hidden)
     rows = max(1, TILE // block)
+    early = starts_early(x.device)
     _rms_norm[(ceil_div(tokens.size * heads.size, rows),)](
         *(x, other, weight, out, total, tokens.size * heads.size, heads.size, eps),
         *(tokens.stride, heads.stride, rows_of(other)[0].stride, rows_of(other)[1].stride),
@@ -51,6 +53,8 @@ def rms_norm(
         RESIDUAL=residual is not None,
         OFFSET=offset,
         LATE=late,
+        EARLY=early,
+        **launch_options(early),
         num_warps=max(1, min(16, rows * block // 512)),
     )
     return out, total
@@ -104,6 +108,7 @@ def _rms_norm(
     RESIDUAL: tl.constexpr,
     OFFSET: tl.constexpr,
     LATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """ROWS rows, whole."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -112,6 +117,9 @@ def _rms_norm(
     place = row * HIDDEN + column
     here = (row // inner) * x_stride_outer + (row % inner) * x_stride_inner + column
     scale = tl.load(weight + column, mask=column < HIDDEN, other=0).to(tl.float32)
+    if EARLY:  # the weight is always there
+        gdc_wait()
+        gdc_launch_dependents()
     value = tl.load(x + here, mask=mask, other=0).to(tl.float32)
     if RESIDUAL:
         here = (row // inner) * r_stride_outer + (row % inner) * r_stride_inner + column

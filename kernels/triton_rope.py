@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2
+from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
 
 if TYPE_CHECKING:
     from ropeway.kernels.fused_ops import Frequencies, Rotation, Unrotated
 
 try:
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
     tl = None
 
@@ -46,6 +47,7 @@ def rotate_and_write(
     assert q.x.stride(2) == k.x.stride(2) == v.stride(2) == 1
     out = torch.empty(tokens, q_heads, head, dtype=q.x.dtype, device=q.x.device)
     rest = head - 2 * rotation.pairs
+    early = starts_early(v.device)
     norms = (q.norm, k.norm)
     q_weight, k_weight = (cos if norm is None else norm.weight for norm in norms)
     _rotate_and_write[(tokens, ceil_div(q_heads, BLOCK_H) + ceil_div(kv_heads, BLOCK_H))](
@@ -67,6 +69,8 @@ def rotate_and_write(
         BLOCK_P=next_power_of_2(rotation.pairs),
         BLOCK_R=0 if rest == 0 else next_power_of_2(rest),
         BLOCK_V=next_power_of_2(head_v),
+        EARLY=early,
+        **launch_options(early),
         num_warps=2,
     )
     return out
@@ -151,8 +155,12 @@ def _rotate_and_write(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token, BLOCK_H heads."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     pair = tl.arange(0, BLOCK_P)[None, :]
