@@ -70,7 +70,7 @@ def measure(rows: int, steps: int, workers: int) -> dict[str, Any]:
         if unread is not None:
             ids = count(step)
             output = StepOutput([next(ids) % VOCABULARY for _ in unread.rows], [True] * len(unread.rows))
-            timed(updates, lambda plan=unread, output=output: scheduler.update(plan, output))
+            timed(updates, lambda plan=unread, output=output: scheduler.update(plan, output, 0.0))
             timed(messages, send)
         unread = plan
     whole = [sum(parts) for parts in zip(plans, updates, messages, strict=True)]

@@ -5,7 +5,7 @@
 
 The engine gives every stream one token per step, at a pace that the worker can follow, so that every token is an event
 of its own. CPU is the worker process's, user and system, between the moment when every stream has its first event and
-the end of the measured time; the price of taking the requests is told apart. `events_per_core_s` is events per second of CPU.
+the end of the measured time; taking the requests is told apart. `events_per_core_s` is per second of CPU.
 """
 
 import argparse

@@ -98,7 +98,7 @@ class Engine:
         """Launches the next step, reads one, and returns what its rows got: owner -> outputs.
 
         Args:
-            now: `time.monotonic()`, for deadlines.
+            now: `time.monotonic()`, for deadlines and the times of rows.
         """
         begin = self._clock()
         plan = self.scheduler.plan(now)
@@ -107,10 +107,10 @@ class Engine:
             self._unread.append((plan, self.runner.launch(plan.step), launched))
         # With nothing new to hide behind, what is unread is read.
         while len(self._unread) > (self.lag if plan is not None else 0):
-            self._read(begin)
+            self._read(begin, now)
         return self.scheduler.take_outputs()
 
-    def _read(self, begin: float) -> None:
+    def _read(self, begin: float, now: float) -> None:
         plan, flight, launched = self._unread.popleft()
         output = flight.read()
         end = self._clock()
@@ -118,7 +118,7 @@ class Engine:
         seconds = end - max(launched, self._last_end)
         self._last_end = end
         self.scheduler.pace.observe(plan.decode_rows, plan.num_tokens - plan.decode_rows, seconds)
-        self.scheduler.update(plan, output)
+        self.scheduler.update(plan, output, now + end - begin)
         self.stats.steps += 1
         self.stats.real_slots += plan.num_tokens
         self.stats.computed_slots += output.computed_slots

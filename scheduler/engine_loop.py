@@ -188,6 +188,8 @@ class EngineLoop:
         self._metrics.record(
             StepRecord(
                 seconds=stats.last_step_seconds,
+                host_gap_seconds=stats.last_host_gap_seconds,
+                prefill_share=scheduler.pace.share,
                 kind=_KINDS[stats.last_decode_rows > 0, stats.last_decode_rows < stats.last_rows],
                 tokens=tokens,
                 padding_ratio=1 - tokens / slots,
@@ -200,5 +202,8 @@ class EngineLoop:
                 num_preemptions=scheduler.stats.preemptions,
                 prompt_tokens=scheduler.stats.prompt_tokens,
                 generation_tokens=scheduler.stats.generation_tokens,
+                reasons=scheduler.stats.reasons,
             )
         )
+        while scheduler.stats.ended:
+            self._metrics.ended(scheduler.stats.ended.popleft())

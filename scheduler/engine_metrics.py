@@ -5,16 +5,22 @@ step, never per token. Gauges are `mostrecent`: the last process to write one wi
 engine's gauges to 0. Knows no engine: `StepRecord` is filled by the engine loop.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import mark_process_dead
+
+from ropeway.scheduler.plan import Reason
+from ropeway.scheduler.scheduler_stats import RowTimes
 
 StepKind = Literal["decode", "prefill", "mixed"]
 
 # vLLM's buckets, so that boards made for it fit. Source: its documentation of metrics.
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+REQUEST_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+GAP_SECONDS = (0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25)
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 _GAUGES = {
@@ -23,6 +29,7 @@ _GAUGES = {
     "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
     "padding_ratio": "Share of the last step's computed token places that held no real token.",
     "batch_occupancy": "Rows of the last step / max_num_seqs.",
+    "prefill_share": "Prompt tokens that may ride along with rows that decode, from measured step times.",
 }
 _COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
@@ -31,15 +38,25 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "generation_tokens": "Tokens generated.",
 }
+_TIMES = {
+    "queue": "From arrival until the batch takes it",
+    "prefill": "From the batch to its first token",
+    "decode": "From its first token to its last",
+}
+"""Fields of `RowTimes`."""
 
 
 @dataclass(slots=True, frozen=True)
 class StepRecord:
-    """One step, and the engine after it. The last five count since the engine's start."""
+    """One step, and the engine after it. The totals at the end count since the engine's start."""
 
     seconds: float
     """Wall time of the `Engine.step` call that read it; with lag 1 it was launched by the call before."""
     kind: StepKind
+    host_gap_seconds: float
+    """How long the device had nothing to do before it."""
+    prefill_share: int
+    """Prompt tokens that may ride along in the next step."""
     tokens: int
     """Real tokens computed."""
     padding_ratio: float
@@ -52,6 +69,8 @@ class StepRecord:
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    reasons: Mapping[Reason, int]
+    """Why rows were not in a step: how often."""
 
 
 class EngineGauges:
@@ -100,6 +119,31 @@ class EngineMetrics:
             registry=registry,
             buckets=STEP_SECONDS,
         )
+        self._gap = Histogram(
+            "ropeway_host_gap_seconds",
+            "Time of the device without work between two steps.",
+            ["model_name"],
+            registry=registry,
+            buckets=GAP_SECONDS,
+        ).labels(model_name)
+        reasons = Counter(
+            "ropeway_rows_not_planned",
+            "Rows that were not in a step, and preemptions, by reason.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        self._reasons = {reason: reasons.labels(model_name, reason) for reason in get_args(Reason)}
+        self._seen_reasons = dict.fromkeys(get_args(Reason), 0)
+        self._times = {
+            name: Histogram(
+                f"ropeway_request_{name}_time_seconds",
+                f"{text}, per choice.",
+                ["model_name"],
+                registry=registry,
+                buckets=REQUEST_SECONDS,
+            ).labels(model_name)
+            for name, text in _TIMES.items()
+        }
         self._seconds = {kind: seconds.labels(model_name, kind) for kind in ("decode", "prefill", "mixed")}
 
     def record(self, stats: StepRecord) -> None:
@@ -112,6 +156,16 @@ class EngineMetrics:
                 self._seen[name] = total
         self._tokens.observe(stats.tokens)
         self._seconds[stats.kind].observe(stats.seconds)
+        self._gap.observe(stats.host_gap_seconds)
+        for reason, count in stats.reasons.items():
+            if count != self._seen_reasons[reason]:
+                self._reasons[reason].inc(count - self._seen_reasons[reason])
+                self._seen_reasons[reason] = count
+
+    def ended(self, times: RowTimes) -> None:
+        """Once per row that ended by itself."""
+        for name, histogram in self._times.items():
+            histogram.observe(getattr(times, name))
 
     def idle(self) -> None:
         """The last row has left: the gauges of the last step are no longer true."""

@@ -37,6 +37,7 @@ class StepPlan:
 class Draft:
     """A step while `Scheduler.plan` puts it together."""
 
+    now: float
     tokens_left: int
     """Of the step's token budget."""
     why_full: Reason = "token budget"

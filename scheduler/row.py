@@ -62,6 +62,10 @@ class Row:
     """Place in the last step that held the row: where its unread token is found."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache when the row was first admitted."""
+    admitted: float = 0.0
+    """When it first joined the batch."""
+    first_token: float = 0.0
+    """When its first token was read."""
     finished: bool = False
     """Nothing more is counted or sent, whatever is still in flight."""
 

@@ -15,8 +15,8 @@ Pure Python. Knows no tensors, no sockets and no clock: the caller passes the ti
 """
 
 from bisect import insort
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
@@ -25,6 +25,7 @@ from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.plan import Draft, Reason, StepPlan
 from ropeway.scheduler.row import InvalidRequest, Row, rows_of
+from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
 from ropeway.scheduler.waiting import Waiting
 
 
@@ -41,21 +42,6 @@ class Limits:
     max_model_len: int
     prefix_cache_scope: Literal["key", "server"] = "key"
     """Who shares cached prefixes: the requests of one key, or all."""
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counts since the start, in tokens where no other unit is named."""
-
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    """Of admitted requests, computed or found in the cache; shared by all choices of a request."""
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    """Tokens looked up in the prefix cache at admission."""
-    prefix_hits: int = 0
-    reasons: Counter[Reason] = field(default_factory=Counter)
-    """How often a row was not in a step that it might have been in."""
 
 
 class _HeadStart(NamedTuple):
@@ -153,7 +139,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if no row can go on before something is read. The caller launches it at once."""
         self._drop_expired(now)
-        draft = Draft(self.limits.max_num_batched_tokens)
+        draft = Draft(now, self.limits.max_num_batched_tokens)
         decoding: list[Row] = []
         chunks: list[Row] = []
         for row in self.running:
@@ -282,14 +268,15 @@ class Scheduler:
         insort(self.running, row, key=lambda other: other.rank)
         draft.joins.append(RowState(row.state_slot, row.sampling, row.prompt_ids, row.tokens[row.num_prompt :]))
         draft.take(row, head.start, stop)
-        self._count_admission(row, head)
+        self._count_admission(row, head, draft.now)
 
-    def _count_admission(self, row: Row, head: _HeadStart) -> None:
+    def _count_admission(self, row: Row, head: _HeadStart, now: float) -> None:
         if head.leader is None and self.pool.caching:
             self.stats.prefix_queries += row.num_tokens
             self.stats.prefix_hits += head.start
         if row.cached_tokens is not None:  # it was preempted
             return
+        row.admitted = now
         if head.leader is not None:
             row.cached_tokens = head.leader.cached_tokens
         else:
@@ -298,7 +285,7 @@ class Scheduler:
 
     # ---- a step was read ----
 
-    def update(self, plan: StepPlan, output: StepOutput) -> None:
+    def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Hands the sampled tokens of a step to its rows. What came too late for a finished row counts for nothing."""
         size = self.pool.block_size
         for place, (row, part) in enumerate(zip(plan.rows, plan.step.rows, strict=True)):
@@ -311,7 +298,7 @@ class Scheduler:
             if len(row.tokens) // size > row.num_published:
                 self._publish(row)
             row.tokens.append(output.token_ids[place])
-            self._emit(row, output.logprobs.get(place))
+            self._emit(row, output.logprobs.get(place), now)
 
     def _publish(self, row: Row) -> None:
         """Makes the full blocks findable that the step just read has completed: they hold `tokens`, and are sound."""
@@ -323,7 +310,7 @@ class Scheduler:
         self.pool.publish(row.block_table[new], row.block_hashes[new])
         row.num_published = full
 
-    def _emit(self, row: Row, logprobs: TokenLogprobs | None) -> None:
+    def _emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
         """Sends the newest token; if it was the last one, the row leaves."""
         self.stats.generation_tokens += 1
         token, reason = row.tokens[-1], row.finish_reason()
@@ -332,9 +319,11 @@ class Scheduler:
             output.logprobs = [logprobs]
         if row.num_output == row.num_resumed + 1:
             output.cached_tokens = row.cached_tokens
+            row.first_token = now
         self._outputs[row.owner].append(output)
         if reason:
             output.stop_token_id = token if reason == "stop" else None
+            self.stats.ended.append(RowTimes.of(row, now))
             self._leave(row)
 
     def _finish(self, row: Row, reason: FinishReason, error: str | None = None) -> None:

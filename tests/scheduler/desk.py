@@ -37,14 +37,16 @@ class Desk:
         assert plan is not None
         return plan
 
-    def read(self, plan: StepPlan, token: int = 5, bad: int | None = None, **options: object) -> list[RowOutput]:
+    def read(
+        self, plan: StepPlan, token: int = 5, bad: int | None = None, now: float = 0.0, **options: object
+    ) -> list[RowOutput]:
         """Every row that samples gets `token`; request `bad` has logits that are no numbers."""
         output = StepOutput(
             token_ids=[token if part.sample else -1 for part in plan.step.rows],
             finite=[row.request_id != bad for row in plan.rows],
             **options,
         )
-        self.scheduler.update(plan, output)
+        self.scheduler.update(plan, output, now)
         self.scheduler.check_integrity()
         return self.scheduler.take_outputs().get(OWNER, [])
 

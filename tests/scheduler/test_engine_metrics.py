@@ -8,12 +8,14 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from ropeway.scheduler.engine_metrics import EngineMetrics, StepRecord
+from ropeway.scheduler.scheduler_stats import RowTimes
 
 LABELS = {"model_name": "m"}
 
 
-def record(**changes: float) -> StepRecord:
-    values = dict.fromkeys(StepRecord.__dataclass_fields__, 0) | {"kind": "decode", "seconds": 0.5} | changes
+def record(**changes: object) -> StepRecord:
+    fixed = {"kind": "decode", "seconds": 0.5, "reasons": {}}
+    values = dict.fromkeys(StepRecord.__dataclass_fields__, 0) | fixed | changes
     return StepRecord(**values)  # type: ignore[arg-type]
 
 
@@ -49,9 +51,27 @@ def test_gauges_show_the_last_step_and_nothing_when_idle() -> None:
     assert [registry.get_sample_value(f"ropeway_{name}", LABELS) for name in names] == [0] * 5
 
 
+def test_reasons_gaps_and_times() -> None:
+    """Guards the answers to "why is it slow": what kept rows out, the device without work, where a request waited."""
+    registry = CollectorRegistry()
+    metrics = EngineMetrics("m", registry)
+    metrics.record(record(reasons={"prefill share": 2, "row budget": 1}, host_gap_seconds=0.25))
+    metrics.record(record(reasons={"prefill share": 5, "row budget": 1}, host_gap_seconds=0.5))
+    metrics.ended(RowTimes(1.0, 2.0, 3.0))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"ropeway_{name}", LABELS | labels)
+
+    assert value("rows_not_planned_total", reason="prefill share") == 5
+    assert value("rows_not_planned_total", reason="row budget") == 1
+    assert value("rows_not_planned_total", reason="preempted") == 0
+    assert (value("host_gap_seconds_sum"), value("host_gap_seconds_count")) == (0.75, 2)
+    assert [value(f"request_{name}_time_seconds_sum") for name in ("queue", "prefill", "decode")] == [1, 2, 3]
+
+
 ENGINE = """
 from ropeway.scheduler.engine_metrics import EngineMetrics, StepRecord
-values = dict.fromkeys(StepRecord.__dataclass_fields__, 7) | {"kind": "decode"}
+values = dict.fromkeys(StepRecord.__dataclass_fields__, 7) | {"kind": "decode", "reasons": {}}
 EngineMetrics("m").record(StepRecord(**values))
 """
 SUPERVISOR = """

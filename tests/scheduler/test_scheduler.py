@@ -335,3 +335,17 @@ def test_a_long_prompt_rides_along_in_small_pieces() -> None:
     desk.read(plan)
     desk.scheduler.abort(OWNER, 1)
     assert shape(desk.plan()) == [(2, 80, 10), (3, 0, 4)]
+
+
+def test_where_a_request_spent_its_time() -> None:
+    """Guards the times of a request: waiting for a place, computing the prompt, decoding; not what aborts cut off."""
+    desk = Desk(rows=1, tokens=2)
+    desk.add(1, prompt=1, max_tokens=1, arrival=10.0)
+    desk.add(2, prompt=3, max_tokens=2, arrival=11.0)
+    desk.add(3, prompt=3, max_tokens=2, arrival=11.0)
+    desk.read(desk.plan(now=12.0), now=13.0)
+    desk.read(desk.plan(now=14.0), now=15.0)
+    desk.read(desk.plan(now=15.0), now=17.0)
+    desk.read(desk.plan(now=17.0), now=22.0)
+    desk.scheduler.abort(OWNER, 3)
+    assert list(desk.scheduler.stats.ended) == [(2, 1, 0), (3, 3, 5)]
