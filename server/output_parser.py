@@ -13,12 +13,14 @@ arguments too, as OpenAI's description warns ("the model does not always generat
 Knows formats and JSON; no tokens, no protocol.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic_core import from_json
 
 from ropeway.server.growing_text import SPACES, GrowingText, Steps, Unreadable
+from ropeway.server.tagged_arguments import tagged_arguments, tagged_name
 from ropeway.server.tool_formats import ReasoningFormat, ToolFormat
 
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -71,8 +73,9 @@ class OutputFormat:
 
     tools: ToolFormat | None = None
     """None: calls are text, because the request has no tools or the model's format is unknown."""
-    tool_names: frozenset[str] = frozenset()
-    """Decide whether JSON without a marker is a call. A marked call may name any tool: the client can say no."""
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Tool -> JSON Schema of its arguments. JSON without a marker is a call only if it names one of these; a marked
+    call may name any tool: the client can say no."""
     parallel: bool = True
     """False: what follows the first call is dropped."""
     reasoning: ReasoningFormat | None = None
@@ -218,14 +221,17 @@ class OutputParser:
                 text.take(text.at + 1)
             if (yield from text.char()) != "{":
                 break
-        if tools.close:
+        if tools.close and not (tools.tags and tools.tags.end == tools.close):
             self._unclosed = not (yield from text.follows(tools.close))
             text.taken = text.taken if self._unclosed else []
 
     def _call(self, tools: ToolFormat, known: bool) -> Steps[None]:
         """One call. Raises: Unreadable."""
         self._name, self._arguments, self._whole = None, [], False
-        if (yield from self._text.char()) == "{":
+        if tools.tags is not None:
+            name = self._name = yield from tagged_name(self._text, tools.tags)
+            yield from tagged_arguments(self._text, tools.tags, self._format.schemas.get(name, {}), self._argue)
+        elif (yield from self._text.char()) == "{":
             yield from self._object(known)
         elif tools.named:
             yield from self._named(tools.separators)
@@ -252,7 +258,7 @@ class OutputParser:
             text.take(text.at + 1)
             if key == "name" and self._name is None:
                 self._name = yield from text.string()
-                if not self._name or (known and self._name not in self._format.tool_names):
+                if not self._name or (known and self._name not in self._format.schemas):
                     raise Unreadable
                 early, self._arguments = "".join(self._arguments), []
                 self._argue(early)

@@ -62,7 +62,7 @@ def output_format(
     special = tokenizer.special_ids((*(calls.markers if calls else ()), *(thoughts.markers if thoughts else ())))
     return OutputFormat(
         tools=calls,
-        tool_names=frozenset(str(tool["function"]["name"]) for tool in tools),
+        schemas={tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools},
         parallel=parallel,
         reasoning=thoughts,
         thinking=thinking,

@@ -93,7 +93,9 @@ class Settings:
     served_model_name: tuple[str, ...] = flag((), MODEL, "names clients may use for the model; the first is shown")
     tokenizer: str | None = flag(None, MODEL, "folder or hub id of the tokenizer, if it is not the model's own")
     chat_template: str | None = flag(None, MODEL, "chat template, a file or its text", parse=parse_template)
-    tool_format: Literal["auto", "none", "hermes", "mistral", "llama", "granite", "phi", "nemotron"] = flag(
+    tool_format: Literal[
+        "auto", "none", "hermes", "mistral", "llama", "granite", "phi", "nemotron", "qwen-coder", "glm"
+    ] = flag(
         "auto", MODEL, "how the model writes tool calls; auto reads it off the chat template, none leaves them text"
     )
     reasoning_format: Literal["auto", "none", "think", "mistral", "cohere", "seed"] = flag(

@@ -1,6 +1,6 @@
 """How models write tool calls and thoughts, as data; which of the ways a chat template has. Reads no output.
 
-All formats are JSON behind a marker, or nearly so: what differs is said by the fields of `ToolFormat`, and one parser
+Calls are JSON or tags behind a marker: what differs is said by the fields of `ToolFormat`, and one parser
 (`output_parser.py`) reads them all.
 """
 
@@ -12,8 +12,24 @@ ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 @dataclass(slots=True, frozen=True)
+class Tags:
+    """What stands around the parts of a call that is no JSON; "" where there is nothing. See `tagged_arguments.py`."""
+
+    key_open: str
+    key_close: str
+    value_close: str
+    value_open: str = ""
+    name_open: str = ""
+    name_close: str = ""
+    end: str = ""
+    """Behind the last value."""
+    lines: bool = False
+    """Values stand on lines of their own."""
+
+
+@dataclass(slots=True, frozen=True)
 class ToolFormat:
-    """One way to write calls: a marker, then `{"name": ..., "arguments": {...}}`, or a list of such objects."""
+    """One way to write calls: a marker, then `{"name": ..., "arguments": {...}}`, a list of such objects, or tags."""
 
     name: str
     open: str
@@ -26,6 +42,8 @@ class ToolFormat:
     """Also `open name{arguments}`, with `separators` between."""
     separators: tuple[str, ...] = ()
     """What a named call has between name and arguments, in this order, each optional; text may follow the first."""
+    tags: Tags | None = None
+    """Instead of JSON."""
     short_ids: bool = False
     """Ids are nine letters and digits: the template refuses others when they come back."""
 
@@ -63,6 +81,18 @@ class ReasoningFormat:
         return text.lstrip().startswith(self.open) and self.close not in text
 
 
+_QWEN_CODER = Tags(
+    name_open="<function=", name_close=">", key_open="<parameter=", key_close=">", value_close="</parameter>",
+    end="</function>", lines=True,
+)  # fmt: skip
+_GLM = Tags(
+    key_open="<arg_key>",
+    key_close="</arg_key>",
+    value_open="<arg_value>",
+    value_close="</arg_value>",
+    end="</tool_call>",
+)
+
 TOOL_FORMATS = {
     shape.name: shape
     for shape in (
@@ -74,6 +104,8 @@ TOOL_FORMATS = {
         ToolFormat("granite", "<|tool_call|>"),
         ToolFormat("phi", "<|tool_call|>", "<|/tool_call|>"),
         ToolFormat("nemotron", "<TOOLCALL>", "</TOOLCALL>"),
+        ToolFormat("qwen-coder", "<tool_call>", "</tool_call>", tags=_QWEN_CODER),
+        ToolFormat("glm", "<tool_call>", "</tool_call>", tags=_GLM),
     )
 }  # fmt: skip
 
@@ -87,17 +119,14 @@ REASONING_FORMATS = {
     )
 }
 
-_OTHER_GRAMMARS = ("<function=", "<arg_key>", "<parameter=")
-"""Qwen3-Coder and GLM write XML between Hermes's markers: not these formats."""
-
 
 def recognise_tools(template: str) -> ToolFormat | None:
     """The format a template's own calls have, None if it is none of ours."""
-    if any(text in template for text in _OTHER_GRAMMARS):
-        return None
-    for name in ("mistral", "hermes", "nemotron", "phi", "granite", "llama"):
-        if TOOL_FORMATS[name].open in template and TOOL_FORMATS[name].close in template:
-            return TOOL_FORMATS[name]
+    for name in ("mistral", "qwen-coder", "glm", "hermes", "nemotron", "phi", "granite", "llama"):
+        shape = TOOL_FORMATS[name]
+        signs = (shape.open, shape.close, shape.tags.key_open if shape.tags else "")
+        if all(sign in template for sign in signs):
+            return shape
     if "ipython" in template and '"parameters": ' in template:  # Llama 3.2: no marker at all
         return TOOL_FORMATS["llama"]
     return None

@@ -56,8 +56,12 @@ class ChatFields(SamplingFields):
             message = "tool_choice must be none or auto; required and named tools are not supported by this server yet."
             raise invalid(message, "tool_choice", "unsupported_parameter")
         for place, tool in enumerate(self.tools or ()):
-            if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
+            function = tool.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise invalid(f"tools[{place}] must have a function with a name.", f"tools[{place}]")
+            if not isinstance(function.get("parameters") or {}, dict):
+                param = f"tools[{place}].function.parameters"
+                raise invalid(f"{param} must be a JSON Schema, an object.", param)
 
     @property
     def rendered_tools(self) -> list[dict[str, Any]] | None:

@@ -21,9 +21,14 @@ from ropeway.server.output_parser import (
 )
 from ropeway.server.tool_formats import REASONING_FORMATS, TOOL_FORMATS
 
-HERMES, LLAMA, MISTRAL, GRANITE = (TOOL_FORMATS[name] for name in ("hermes", "llama", "mistral", "granite"))
+HERMES, LLAMA, MISTRAL = (TOOL_FORMATS[name] for name in ("hermes", "llama", "mistral"))
 THINK = REASONING_FORMATS["think"]
-NAMES = frozenset({"f", "get_weather"})
+QWEN, GLM = TOOL_FORMATS["qwen-coder"], TOOL_FORMATS["glm"]
+JSON_FORMATS = [shape for shape in TOOL_FORMATS.values() if shape.tags is None]
+NAMES: dict[str, Any] = {
+    "f": {"properties": {"a": {"type": "integer"}, "text": {"type": "string"}, "list": {"type": "array"}}},
+    "get_weather": {},
+}
 NASTY = {
     "text": 'a "quoted" \\ path\\ and </tool_call> {[}] [TOOL_CALLS] <|python_tag|> \n\t 日本語 😀 \u2028',
     "deep": [{"a": {"b": [[], {}, ""]}}, None, True, -1.5e-7],
@@ -94,14 +99,14 @@ CASES: dict[str, tuple[OutputFormat, str, Seen]] = {}
 
 def case(name: str, shape: Any, text: str, content: str = "", calls: Any = (), **more: Any) -> None:
     options = {key: more.pop(key) for key in ("thinking", "parallel", "hidden", "reasoning") if key in more}
-    form = OutputFormat(tools=shape, tool_names=NAMES, **options)
+    form = OutputFormat(tools=shape, schemas=NAMES, **options)
     expected = Seen(content, calls=list(calls), complete=more.pop("complete", bool(calls)))
     expected.reasoning, expected.failures = more.pop("thoughts", ""), more.pop("failures", 0)
     assert not more and name not in CASES
     CASES[name] = (form, text, expected)
 
 
-for shape in TOOL_FORMATS.values():
+for shape in JSON_FORMATS:
     for text in (
         "",
         " \n",
@@ -202,6 +207,53 @@ case("no thoughts at all", None, " <thin air>\n", " <thin air>\n", reasoning=THI
 case("no format", None, hermes({"a": 1}), hermes({"a": 1}))
 
 
+def tagged(shape: Any, name: str, **values: str) -> str:
+    """A call as the model writes it."""
+    if shape is GLM:
+        pairs = [f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in values.items()]
+        return f"<tool_call>{name}\n{''.join(pairs)}</tool_call>"
+    pairs = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+    return f"<tool_call>\n<function={name}>\n{''.join(pairs)}</function>\n</tool_call>"
+
+
+RAW = 'line\n\n "quoted" \\ {"a": [</param <b> 日本 \t'
+for shape in (QWEN, GLM):
+    one = tagged(shape, "f", a="1")
+    case(f"{shape.name}: one call", shape, f"Hi.\n{one}", "Hi.", ONE)
+    case(f"{shape.name}: parallel", shape, f"{one}\n{one}\n", "", ONE * 2)
+    case(
+        f"{shape.name}: thoughts, text",
+        shape,
+        f"<think>{one}</think>\n{one}\nBye",
+        "Bye",
+        ONE,
+        reasoning=THINK,
+        thoughts=one,
+    )
+    case(f"{shape.name}: no arguments", shape, tagged(shape, "get_weather"), "", [("get_weather", "{}")])
+    arguments = json.dumps({"text": RAW, "list": [1, "x"], "new": "5"}, ensure_ascii=False)
+    case(f"{shape.name}: types", shape, tagged(shape, "f", text=RAW, list='[1, "x"]', new="5"), "", [("f", arguments)])
+    arguments = '{"a": "one", "list": true}'
+    case(f"{shape.name}: wrong types", shape, tagged(shape, "f", a="one", list="True"), "", [("f", arguments)])
+    for text in ("<tool_call>", "<tool_call> marks a call", "<tool_call>f <b>", "<tool_call><function=f>{}", one[:15]):
+        case(f"{shape.name}: no call {text!r}", shape, text, text, failures=1)
+    case(
+        f"{shape.name}: cut in a value", shape, one[: one.index("1")], "", [("f", '{"a": ')], complete=False, failures=1
+    )
+    text = tagged(shape, "f", text="xy")
+    case(
+        f"{shape.name}: cut in a text",
+        shape,
+        text[: text.index("xy") + 1],
+        "",
+        [("f", '{"text": "x')],
+        complete=False,
+        failures=1,
+    )
+case("qwen-coder: end of the function only", QWEN, tagged(QWEN, "f", a="1").removesuffix("</tool_call>"), "", ONE)
+case("glm: close together", GLM, tagged(GLM, "f", a="1").replace("\n", ""), "", ONE)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_cut(name: str) -> None:
     """Guards every format against every cut: in two at each point, and character by character."""
@@ -228,13 +280,14 @@ def test_random_cuts(name: str, sizes: list[int]) -> None:
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<think>", "</think>",
     '{"name": "f", "arguments": ', '{"a": 1}', "{", "}", "[", "]", ",", ";", ":", '"', "\\", '"name"', '"f"', "null",
-    '"arguments"', "x", " ", "\n", "<", "é",
+    "<function=f>", "<parameter=text>", "</parameter>", "</function>", "f<arg_key>", "</arg_key>", "<arg_value>",
+    "</arg_value>", '"arguments"', "x", " ", "\n", "<", "é",
 ]  # fmt: skip
 
 
 @given(
     st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join),
-    st.sampled_from([HERMES, LLAMA, MISTRAL, GRANITE, None]),
+    st.sampled_from([*TOOL_FORMATS.values(), None]),
     st.booleans(),
     st.booleans(),
     st.data(),

@@ -20,7 +20,8 @@ MAGISTRAL = """{{- '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}{{- '[THINK]' 
 GRANITE = """{{- 'respond with <|tool_call|> followed by a JSON list of tools used.' }}"""
 PHI = """{{- '<|tool_call|>' + (tool_call['function'] | tojson) + '<|/tool_call|>' -}}"""
 NEMOTRON = """{{- 'use this: <TOOLCALL>[{"name": "a", "arguments": "b"}]</TOOLCALL>' }}{{- '<think>\n\n</think>' }}"""
-QWEN_CODER = """{{- '<tool_call>\\n<function=' + tool_call.name + '>\\n' }}{{- '<parameter=' + name + '>\\n' }}"""
+QWEN_CODER = """{{- '<tool_call>\\n<function=' + name + '>\\n' }}{{- '<parameter=' + key + '>' }}
+{{- '</function>\\n</tool_call>' }}"""
 GLM = """<tool_call>{{ tc.name }}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value></tool_call></think>"""
 COHERE = """<|START_THINKING|>{{ m.plan }}<|END_THINKING|><|START_ACTION|>["""
 PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{{ 'the tool you call, think' }}"""
@@ -37,15 +38,15 @@ PLAIN = """{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{{ 't
         (GRANITE, "granite", None),
         (PHI, "phi", None),
         (NEMOTRON, "nemotron", "think"),
-        (QWEN_CODER, None, None),
-        (GLM, None, "think"),
+        (QWEN_CODER, "qwen-coder", None),
+        (GLM, "glm", "think"),
         (COHERE, None, "cohere"),
         (PLAIN, None, None),
         (DEMO.read_text(), "hermes", "think"),
     ],
 )
 def test_recognised(template: str, tools: str | None, reasoning: str | None) -> None:
-    """Guards flags that nobody should need: each template shows its formats, XML between known markers is none."""
+    """Guards flags that nobody should need: each template shows its formats, also where markers are the same."""
     calls, thoughts = recognise_tools(template), recognise_reasoning(template)
     assert (calls and calls.name, thoughts and thoughts.name) == (tools, reasoning)
 
