@@ -24,6 +24,7 @@ from ropeway.server.tokenizer import TextTokenizer
 
 Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejected"]
 
+OUT_OF_TIME = "max_time"
 LOWEST_LOGPROB = -9999.0
 """Stands for -inf, which JSON cannot say."""
 RETRY_S = "5"
@@ -116,6 +117,21 @@ class _Choice:
         if row.finish_reason is not None and not self._add(self._detokenizer.finish(), delta):
             self._end(row, delta)
 
+    def cut(self, delta: ChoiceDelta) -> bool:
+        """Ends the choice because its time is over, if it has a token; True if that was so."""
+        if self.finished or not self._tokens:
+            return False
+        if not self._add(self._detokenizer.finish(), delta):
+            self._release(delta)
+            delta.finish_reason, delta.stop_reason = "length", OUT_OF_TIME
+        return True
+
+    def _release(self, delta: ChoiceDelta) -> None:
+        """What was held back after all belongs to the text."""
+        if self._matcher is not None:
+            delta.text += self._matcher.finish()
+        self.finished = True
+
     def _add(self, piece: str, delta: ChoiceDelta) -> bool:
         """Passes a token's text on; True if a stop string ended the choice. None does before `min_tokens`."""
         self.length += len(piece)
@@ -131,10 +147,8 @@ class _Choice:
         return True
 
     def _end(self, row: RowOutput, delta: ChoiceDelta) -> None:
-        """The engine ended the row: what was held back after all belongs to the text."""
-        if self._matcher is not None:
-            delta.text += self._matcher.finish()
-        self.finished = True
+        """The engine ended the row."""
+        self._release(delta)
         delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
         if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
             delta.stop_reason = row.stop_token_id
@@ -154,7 +168,7 @@ def finite(logprob: float) -> float:
 class _Prompt:
     """One submitted request and its choices."""
 
-    __slots__ = ("choices", "request", "rows", "unfinished")
+    __slots__ = ("choices", "late", "request", "rows", "unfinished")
 
     def __init__(
         self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer, automaton: StopAutomaton | None
@@ -163,6 +177,8 @@ class _Prompt:
         self.rows = rows
         self.choices = [_Choice(request.first_index + i, request, tokenizer, automaton) for i in range(request.n)]
         self.unfinished = request.n
+        self.late = False
+        """Whether `max_time` is over."""
 
 
 class Generation:
@@ -183,6 +199,11 @@ class Generation:
         self._closed = False
         for prompt in prompts:
             prompt.rows.listen(self._on_news)
+        self._timers = [
+            asyncio.get_running_loop().call_later(prompt.request.max_time, self._on_late, prompt)
+            for prompt in prompts
+            if prompt.request.max_time is not None
+        ]
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         return self
@@ -209,6 +230,10 @@ class Generation:
     def _on_news(self) -> None:
         self._listener()
 
+    def _on_late(self, prompt: _Prompt) -> None:
+        prompt.late = True
+        self._listener()
+
     def take(self) -> list[ChoiceDelta]:
         """What came for any prompt; empty if nothing did. A failure is kept for after the deltas."""
         if self._failure is not None:
@@ -217,6 +242,8 @@ class Generation:
         for prompt in self._prompts:
             if prompt.unfinished:
                 self._update(prompt, self._poll(prompt), deltas)
+                if prompt.late:
+                    self._cut(prompt, deltas)
         taken = list(deltas.values())
         for delta in taken:
             self.usage.completion_tokens += len(delta.token_ids)
@@ -257,11 +284,23 @@ class Generation:
                 if row.finish_reason is None:
                     prompt.rows.abort(row.choice)
 
+    def _cut(self, prompt: _Prompt, deltas: dict[int, ChoiceDelta]) -> None:
+        """Ends the choices of a prompt whose time is over; a choice without a token waits for its first, as in
+        transformers."""
+        for place, choice in enumerate(prompt.choices):
+            delta = deltas.get(choice.index) or ChoiceDelta(choice.index)
+            if choice.cut(delta):
+                deltas[choice.index] = delta
+                prompt.unfinished -= 1
+                prompt.rows.abort(place)
+
     def close(self, outcome: Outcome | None = None) -> None:
         """Aborts in the engine whatever is unfinished and tells the observer. Idempotent: the first call counts."""
         if self._closed:
             return
         self._closed = True
+        for timer in self._timers:
+            timer.cancel()
         for prompt in self._prompts:
             if prompt.unfinished:
                 prompt.rows.abort()

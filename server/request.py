@@ -27,6 +27,8 @@ class GenerationRequest:
     priority: int = 0
     deadline: float | None = None
     """`time.monotonic()` seconds; queue time counts."""
+    max_time: float | None = None
+    """Seconds after which no more tokens are wanted; what is there by then, one token at least, is the answer."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,6 @@ class ChoiceDelta:
     finish_reason: str | None = None
     """One of OpenAI's: stop, length."""
     stop_reason: int | str | None = None
-    """The stop string or the stop token's id that ended it; None for EOS."""
+    """The stop string or the stop token's id that ended it, or "max_time"; None for EOS and the token limit."""
     cached_tokens: int = 0
     """With the first delta of a choice: prompt tokens that the prefix cache held."""

@@ -57,7 +57,6 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "length_penalty": (1,),
     "logits_processors": (),
-    "max_time": (),
     "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
@@ -136,6 +135,7 @@ class SamplingFields(BaseModel):
     max_completion_tokens: int | None = _number("an integer of at least 1", ge=1)
     max_new_tokens: int | None = _number("an integer of at least 1", ge=1)
     max_length: int | None = _number("an integer of at least 1: tokens of prompt and output", ge=1)
+    max_time: float | None = _number("a number of seconds above 0", gt=0, le=10**9)
     min_tokens: int | None = _number("an integer of at least 0", ge=0)
     min_new_tokens: int | None = _number("an integer of at least 0", ge=0)
     min_length: int | None = _number("an integer of at least 0: tokens of prompt and output", ge=0)

@@ -120,6 +120,7 @@ def generation_request(
         cache_salt=fields.cache_salt or "",
         priority=fields.priority or 0,
         deadline=deadline(request, services.settings.request_timeout),
+        max_time=fields.max_time,
     )
 
 

@@ -74,7 +74,7 @@ class Frames:
 
     def _end(self, choice: ChoiceDelta, count: int) -> dict[str, Any]:
         reason = "length" if choice.finish_reason == "length" else "eos_token"
-        if isinstance(choice.stop_reason, str):
+        if choice.finish_reason == "stop" and isinstance(choice.stop_reason, str):
             reason = "stop_sequence"
         seed = self._plan.sampling.seed if self._plan.sampling.temperature > 0 else None
         return {"finish_reason": reason, "generated_tokens": count, "seed": seed}

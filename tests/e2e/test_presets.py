@@ -91,3 +91,11 @@ def test_batch_and_chat(server: RunningServer, reference: Reference, tmp_path: P
     chat = [*tool, "chat", "--url", server.url, "--set", "repetition_penalty=1", "--set", "max_tokens=40"]
     said = subprocess.run(chat, input="Who are you?\n", capture_output=True, text=True, timeout=120, check=True)
     assert reference.chat([{"role": "user", "content": "Who are you?"}], 40) in said.stdout
+
+
+def test_max_time(server: RunningServer) -> None:
+    """Guards max_time: generation stops after it, with the text so far, as generate(max_time=...)."""
+    answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=400, ignore_eos=True, max_time=0.1).json()
+    (choice,) = answer["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "max_time")
+    assert 0 < answer["usage"]["completion_tokens"] < 400

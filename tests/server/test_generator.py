@@ -272,3 +272,26 @@ async def test_what_reaches_the_engine() -> None:
     (sent,) = client.submitted
     assert (sent.prompt_ids, sent.sampling, sent.max_tokens, sent.n) == (BASE.prompt_ids, BASE.sampling, 9, 3)
     assert sent.options == {"key_id": "k", "cache_salt": "s", "priority": -1, "deadline": 12.5}
+
+
+async def test_max_time() -> None:
+    """Guards max_time: what is there is the answer, what a stop string held back included, and the row is aborted."""
+    generation, client, _ = start(in_steps([IDS[:6]], [3])[:-1], open_end=True, max_time=0.02, stop=(TEXT[:50],))
+    (choice,) = await collect(generation)
+    assert choice.text == TOKENIZER.decode(IDS[:3]) and choice.token_ids == IDS[:3]
+    assert (choice.finish_reason, choice.stop_reason) == ("length", "max_time")
+    assert client.submitted[0].rows.aborted == [0] and generation.usage.completion_tokens == 3
+    generation.close()
+
+
+async def test_max_time_gives_one_token() -> None:
+    """Guards a full queue: as in transformers there is always a token, however late; other prompts go on."""
+    requests = [replace(BASE, max_time=0.001), replace(BASE, first_index=1)]
+    generation, client, _ = start([], in_steps([IDS], [1]), requests=requests, open_end=True)
+    found = asyncio.create_task(collect(generation))
+    while not generation._prompts[0].late:
+        await asyncio.sleep(0.001)
+    client.submitted[0].rows.feed([row(0, IDS[:1])])
+    first, second = await found
+    assert first.token_ids == IDS[:1] and first.stop_reason == "max_time"
+    assert second.token_ids == IDS and second.stop_reason is None
