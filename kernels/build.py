@@ -188,7 +188,8 @@ def _bytes_of_steps(
             f"A step of {max_tokens} tokens does not fit beside the weights: lower --max-num-batched-tokens or "
             "--max-num-seqs."
         ) from None
-    return needed + 2 * logits_bytes  # the tables of biases and penalties, made when a request asks for them
+    # Made when a request asks for them: tables of biases and penalties; logprobs in fp32, with an int64 order, twice.
+    return needed + (2 + 6) * logits_bytes
 
 
 def _full_step(tokens: int, rows: int, max_model_len: int, block_size: int) -> StepInput:

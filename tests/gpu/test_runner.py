@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
 from ropeway.kernels.build import build_runner
+from ropeway.kernels.memory import peak_bytes
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
 
@@ -51,3 +52,17 @@ def generate(device: str, layout: Literal["packed", "padded"], steps: int = 24) 
 def test_gpu_and_cpu_say_the_same(layout: Literal["packed", "padded"]) -> None:
     """Guards the dispatch: pool, attention, copies and sampler on the device, from a model folder on."""
     assert generate("cuda", layout) == generate("cpu", layout)
+
+
+def test_peak_bytes() -> None:
+    """Guards the KV cache's size: what work holds at once counts, not what it leaves, nor what was there before."""
+    device = torch.device("cuda")
+    kept = torch.empty(1 << 26, dtype=torch.uint8, device=device)
+
+    def work() -> None:
+        for _ in range(2):
+            both = [torch.empty(1 << 25, dtype=torch.uint8, device=device) for _ in range(2)]
+            both.clear()
+
+    assert peak_bytes(work, device) == 1 << 26
+    assert len(kept) == 1 << 26

@@ -9,7 +9,7 @@ from small_runner import make_runner, run_one, table
 from transformers import PreTrainedModel
 
 from ropeway.kernels import build as build_module
-from ropeway.kernels.build import build_runner
+from ropeway.kernels.build import _full_step, build_runner
 from ropeway.kernels.errors import NotEnoughMemory, UnsupportedModel
 from ropeway.kernels.padded import PaddedForward
 from ropeway.kernels.sampling_params import SamplingParams
@@ -63,3 +63,15 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(build_module, "plan_blocks", lambda *args, **kwargs: 1 << 45)
     with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes"):
         build_runner(folder, block_size=BLOCK_SIZE)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "longest"), [(2048, 64, 8192), (2048, 64, 40), (8, 64, 40), (9000, 2, 512)])
+def test_the_largest_step(tokens: int, rows: int, longest: int) -> None:
+    """Guards the memory that is set aside on a GPU: as many tokens and rows as a step may have, and no row that is
+    longer than the model's positions go."""
+    step = _full_step(tokens, rows, longest, BLOCK_SIZE)
+    counts = [len(row.token_ids) for row in step.rows]
+    assert len(counts) == min(rows, tokens)
+    assert sum(counts) == min(tokens, rows * longest)
+    assert max(counts) <= longest
+    assert all(len(row.block_table) * BLOCK_SIZE >= len(row.token_ids) for row in step.rows)

@@ -97,6 +97,23 @@ def test_a_failure_nobody_foresaw(capfd: pytest.CaptureFixture[str]) -> None:
     theirs.close()
 
 
+def test_compiling_is_told_from_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards starts on a GPU: kernels that compile for minutes are no hang, and the start screen says what goes on."""
+    seen: list[tuple[Any, ...]] = []
+
+    def build_runner(*_: Any, progress: Any, compiling: Any, **__: Any) -> Any:
+        progress("loaded", 1.0)
+        compiling("preparing steps of 8 tokens", 0.5)
+        raise LoadError("Enough.")
+
+    monkeypatch.setattr("ropeway.kernels.build.build_runner", build_runner)
+    with pytest.raises(LoadError):
+        engine_process.load_model(CONFIG, "/nowhere", lambda *beat: seen.append(beat))
+    assert [phase for phase, *_ in seen] == ["loading", "loading", "compiling"]
+    assert seen[-1][1] == "preparing steps of 8 tokens"
+    assert [done for *_, done in seen] == sorted(done for *_, done in seen)
+
+
 def test_a_failed_step_ends_the_process_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     """Guards readiness: an engine that dies must not look alive for as long as its threads and libraries end."""
     with tempfile.TemporaryDirectory(prefix="rw") as directory:
