@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
-from ropeway.kernels.cpu_linear import pack_linears
+from ropeway.kernels.cpu_linear import pack_linears, threads_for
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fusion import fuse
@@ -79,7 +79,7 @@ def build_runner(
 
     Args: as in `load_model`, `choose_layout`, `kv_budget` and `plan_blocks`; kv_cache_bytes None = `kv_budget`;
         max_num_batched_tokens: of the largest step;
-        threads: intra-op threads on the CPU, None = torch's default; progress(stage for people, share of it all);
+        threads: intra-op threads on the CPU, None = `threads_for`; progress(stage for people, share of it all);
         compiling: the same for the time in which a GPU's kernels are compiled and captured.
 
     Raises:
@@ -100,6 +100,8 @@ def build_runner(
         progress=lambda stage, share: progress(stage, 0.8 * share),
     )
     pack_linears(loaded.model)
+    if threads is None and loaded.device.type == "cpu":
+        torch.set_num_threads(threads_for(loaded.model, torch.get_num_threads()))
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     choice = choose_layout(loaded.model, loaded.max_model_len, layout)

@@ -39,7 +39,7 @@ class EngineConfig:
     lag: Literal[0, 1] | None = None
     """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
     threads: int | None = None
-    """Intra-op threads on the CPU; None = torch's default."""
+    """Intra-op threads on the CPU; None = one per core, fewer for a small model."""
     served_model_name: str | None = None
     """Label `model_name` of the metrics; None = `model`."""
     step_timeout: float | None = None
