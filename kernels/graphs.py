@@ -109,7 +109,7 @@ class StepGraphs:
     """
 
     def __init__(self, sizes: Sequence[Size], capture: Callable[[Size], StepGraph]) -> None:
-        self.sizes = list(sizes)
+        self.sizes = sorted(sizes)
         self.captured: dict[Size, StepGraph] = {}
         self.refusal: str | None = None
         """Why there are no more of them, if a capture has failed: the library's words."""
@@ -118,14 +118,15 @@ class StepGraphs:
 
     def find(self, size: Size) -> StepGraph | None:
         """The graph that a step of this size should take; None = none, it runs plainly."""
-        wanted = self._fitting(size, self.sizes)
+        wanted = _fitting(size, self.sizes)
         if wanted is None:
             return None
-        if wanted not in self.captured:
-            self._missed[wanted] += 1
-            if self._missed[wanted] == PATIENCE:
-                self.add(wanted)
-        instead = self._fitting(size, self.captured)
+        if wanted in self.captured:
+            return self.captured[wanted]
+        self._missed[wanted] += 1
+        if self._missed[wanted] == PATIENCE:
+            self.add(wanted)
+        instead = _fitting(size, sorted(self.captured))
         return None if instead is None or instead.tokens > WASTE * wanted.tokens else self.captured[instead]
 
     def add(self, size: Size) -> None:
@@ -136,7 +137,7 @@ class StepGraphs:
             self.captured[size] = self._capture(size)
         except (Uncapturable, torch.OutOfMemoryError) as error:
             self.refusal = str(error).strip().splitlines()[0]
-            self.sizes = list(self.captured)
+            self.sizes = sorted(self.captured)
             logger.warning("no CUDA graphs but for %d sizes: %s", len(self.sizes), self.refusal)
 
     def add_next(self) -> bool:
@@ -146,18 +147,17 @@ class StepGraphs:
             self.add(max(missing))
         return bool(missing)
 
-    @staticmethod
-    def _fitting(size: Size, among: Iterable[Size]) -> Size | None:
-        """The smallest size with room for these tokens and rows, and for a row of pads if it has tokens to spare."""
-        decode = size.tokens == size.rows
 
-        def fits(other: Size) -> bool:
-            spare_rows, spare_tokens = other.rows - size.rows, other.tokens - size.tokens
-            if decode:
-                return other.tokens == other.rows and spare_rows >= 0
-            return other.tokens > other.rows and spare_tokens >= 0 and spare_rows >= (spare_tokens > 0)
-
-        return min(filter(fits, among), default=None)
+def _fitting(size: Size, among: Sequence[Size]) -> Size | None:
+    """The smallest of these, in ascending order, with room for such a step and for a row of pads if it has tokens to
+    spare. Steps of decode rows alone take the sizes made for them."""
+    decode = size.tokens == size.rows
+    for other in among:
+        if other.tokens < size.tokens or other.rows < size.rows or decode != (other.tokens == other.rows):
+            continue
+        if decode or other.tokens == size.tokens or other.rows > size.rows:
+            return other
+    return None
 
 
 def decode_sizes(max_rows: int) -> list[Size]:
