@@ -120,9 +120,9 @@ class _Fusing:
         allowed = allowed_difference(self._model, self._max_model_len)
         calls = self._put("rotation", *rotary_calls(self._model, self._uses["rotation"]))
         recording = Recording()
-        end = recording.watch(self._model)
+        self._put("watch", None, recording.watch(self._model))
         before = packed_logits(self._model, self._max_model_len)
-        end()
+        self.undo(["watch"])
         if self._model.dtype == torch.float32 and not multiplies_in_int8(self._model):
             allowed = FP32_RELATIVE * max(1.0, *(float(logits.abs().max()) for logits in before))
         self._merge(recording)
@@ -131,9 +131,9 @@ class _Fusing:
         self._tables(recording)
         self._sums()
         forwards: list[None] = []
-        handle = self._model.register_forward_pre_hook(lambda *_: forwards.append(None))
+        self._put("watch", None, self._model.register_forward_pre_hook(lambda *_: forwards.append(None)).remove)
         after = packed_logits(self._model, self._max_model_len)
-        handle.remove()
+        self.undo(["watch"])
         self._report.difference = largest_difference(after, before)
         if not self._report.difference <= allowed:  # NaN is not
             self.undo()

@@ -199,7 +199,7 @@ def find_norm(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | Non
     epsilons = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.01]
     made_up = torch.cat([_made_up(x) * scale for scale in (1e-3, 1, 30)])
     cases = [(x, y), (made_up, module(made_up))]
-    weight = parameters[0].detach()
+    weight = parameters[0]  # the parameter itself, which moves with its module
     found = []
     for eps in dict.fromkeys(epsilons):
         for offset, late in ((0.0, False), (0.0, True), (1.0, True)):

@@ -188,6 +188,19 @@ def test_quantised_layers_are_not_merged(tmp_path: Path, kind: str) -> None:
     assert largest_difference(packed_logits(model, MAX_MODEL_LEN), expected) < 1e-2
 
 
+def test_new_weights_are_seen() -> None:
+    """Guards weights that are changed or moved in place after loading: stand-ins must not keep copies of their own."""
+    model, other = build(FAMILIES["qwen3"]), build(FAMILIES["qwen3"])
+    fuse(model, MAX_MODEL_LEN)
+    with torch.no_grad():
+        for changed in (model, other):
+            for name, parameter in changed.named_parameters():
+                if parameter.dim() == 1 or "o_proj" in name:
+                    parameter.mul_(1.5)
+            changed.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    assert largest_difference(logits_of(model), plain_logits(other, TOKENS)) < 1e-4
+
+
 def test_other_dtypes_stay_plain() -> None:
     """Guards float64, for which there are no kernels."""
     model = build(FAMILIES["llama"]).double()
@@ -229,6 +242,7 @@ def test_a_fused_model_that_raises_is_undone(plain_llama: PreTrainedModel, monke
     monkeypatch.setattr(fusion_deferred, "rms_norm", refuse)
     report = fuse(plain_llama, MAX_MODEL_LEN)
     assert as_loaded(plain_llama) and "TypeError" in report.sentence()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain_llama.modules())
 
 
 def spoil_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
