@@ -159,8 +159,8 @@ async def measure(port: int, worker: psutil.Process, options: argparse.Namespace
         "events_per_s": round(count / seconds),
         "asked_per_s": options.rate,
         "worker_cpu": round(cpu / seconds, 3),
-        "us_per_event": round(1e6 * cpu / count, 2),
-        "events_per_core_s": round(count / cpu),
+        "us_per_event": round(1e6 * cpu / max(count, 1), 2),
+        "events_per_core_s": round(count / max(cpu, 0.01)),
         "start_cpu_ms_per_stream": round(1000 * (started - before) / options.streams, 2),
     }
 
