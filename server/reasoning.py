@@ -54,32 +54,46 @@ class ReasoningTokens:
         self._seen = b""
         """As much of the text as decides what comes next."""
         self._undecided = 0
+        """Tokens before it was known whether there are thoughts."""
         self._state = "within" if thinking else "before"
 
     def add(self, token_ids: Sequence[int]) -> int:
         """How many more tokens are known to belong to thoughts."""
+        if self._state == "after":
+            return 0
+        pieces = list(map(self._token_bytes, token_ids))
         counted = 0
-        for token_id in token_ids if self._state != "after" else ():
-            self._seen += self._token_bytes(token_id)
+        if self._state == "before":
+            taken = self._begin(pieces)
+            if self._state != "within":
+                return 0
+            counted, pieces = self._undecided, pieces[taken:]
+        return counted + self._within(pieces)
+
+    def _begin(self, pieces: list[bytes]) -> int:
+        """Looks for the opening marker; returns how many pieces that took."""
+        for taken, piece in enumerate(pieces, start=1):
             self._undecided += 1
-            if self._state == "before":
-                self._begin()
-            if self._state == "within":
-                counted += self._undecided
-                self._undecided = 0
-                self._look_for_end()
-            if self._state == "after":
-                break
+            self._seen = (self._seen + piece).lstrip()
+            if self._seen.startswith(self._open):
+                self._state, self._seen = "within", self._seen.removeprefix(self._open)
+                return taken
+            if not self._open.startswith(self._seen):
+                self._state = "after"
+                return taken
+        return len(pieces)
+
+    def _within(self, pieces: list[bytes]) -> int:
+        """How many of the pieces stand before the end of the closing marker."""
+        text = self._seen + b"".join(pieces)
+        end = text.find(self._close)
+        if end < 0:
+            self._seen = text[1 - len(self._close) :]
+            return len(pieces)
+        self._state = "after"
+        left = end + len(self._close) - len(self._seen)
+        counted = 0
+        while left > 0:
+            left -= len(pieces[counted])
+            counted += 1
         return counted
-
-    def _begin(self) -> None:
-        self._seen = self._seen.lstrip()
-        if self._seen.startswith(self._open):
-            self._state, self._seen = "within", self._seen.removeprefix(self._open)
-        elif not self._open.startswith(self._seen):
-            self._state = "after"
-
-    def _look_for_end(self) -> None:
-        if self._close in self._seen:
-            self._state = "after"
-        self._seen = self._seen[1 - len(self._close) :]
