@@ -90,9 +90,10 @@ def test_experts_are_captured_or_refused(name: str, dtype: torch.dtype) -> None:
     model = build(FAMILIES[name]).to(CUDA, dtype)
     runner = make_runner(model, SIZES)
     refusal = runner.prepare(lambda stage, share: None)
-    print(name, dtype, refusal or "captured")
     got = run(runner, requests(2), lambda step: None)
-    if dtype == torch.float32:
+    if dtype == torch.bfloat16:  # its grouped products wait for nothing
+        assert refusal is None or name == "deepseek_v3"
+    else:
         assert refusal is not None
         assert got == run(make_runner(model, []), requests(2), lambda step: None)
 
