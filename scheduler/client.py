@@ -40,6 +40,8 @@ MAX_DEATHS = 2
 """Engines that may die with a request before it is quarantined."""
 QUEUED_MESSAGES = 1000
 """Messages of the engine that wait on each side of the socket before it gives this worker up."""
+LATE = 0.5
+"""Seconds after which a deadline is kept here: an engine that is dead or hung does not keep it."""
 _WORKER_SHIFT = 40
 """Request ids: the worker's number above, its own count below."""
 
@@ -89,6 +91,7 @@ class EngineClient:
         self._live = False  # this generation's EngineReady has come
         self._lost = ""  # why the engine will not come back
         self._deadline: float | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
         self._ready = asyncio.Event()
         self._draining = asyncio.Event()
         self._encode = msgspec.msgpack.Encoder().encode
@@ -98,12 +101,15 @@ class EngineClient:
         """Begins to listen to the supervisor. Call once, in the running loop."""
         asyncio.get_running_loop().add_reader(self._context.control.fileno(), self._hear_supervisor)
         self._hear_supervisor()
+        self._keep_deadlines()
 
     async def close(self) -> None:
         """Ends every unfinished stream with EngineFailed, frees all descriptors, takes nothing more. Idempotent."""
         if self._zmq.closed:
             return
         asyncio.get_running_loop().remove_reader(self._context.control.fileno())
+        if self._deadline_timer:
+            self._deadline_timer.cancel()
         self._fail_all("The API worker is shutting down.")
         self._close_sockets()
         self._zmq.term()
@@ -202,6 +208,14 @@ class EngineClient:
             del self._streams[stream.request_id]
         if self._live:
             self._send(AbortRequest(self._beat.generation, stream.request_id, choice))
+
+    def _keep_deadlines(self) -> None:
+        """Ends the requests that the engine should have ended, then looks again a little later."""
+        due = time.monotonic() - LATE
+        for stream in [one for one in self._streams.values() if one.deadline is not None and one.deadline <= due]:
+            self._forget(stream, None)
+            stream.expire()
+        self._deadline_timer = asyncio.get_running_loop().call_later(LATE / 2, self._keep_deadlines)
 
     # -- the supervisor speaks ----------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class RequestStream:
         """`forget(stream, choice)` is called when the consumer wants no more of a choice, or of any (None)."""
         self.request_id = request.request_id
         self.arrival = request.arrival
+        self.deadline = request.deadline
         self._forget = forget
         self._request = request
         self._emitted: dict[int, list[int]] = {start.index: [] for start in request.choices}
@@ -124,6 +125,13 @@ class RequestStream:
         """There is news for the consumer. Called by the client."""
         self._wake.set()
         self._listener()
+
+    def expire(self) -> None:
+        """Its deadline has passed, and no engine is there to say so. Called by the client."""
+        for index in sorted(self._open):
+            error = f"The request's deadline passed after {len(self._emitted[index])} tokens."
+            self.take(RowOutput(self.request_id, index, finish_reason="timeout", error=error))
+        self.wake()
 
     def lose_engine(self) -> None:
         """An engine died with it. Called by the client."""

@@ -123,12 +123,12 @@ async def test_a_request_and_its_tokens(world: World, client: EngineClient) -> N
     """Guards the ordinary way: what is sent is what was asked, what comes out ends by itself."""
     engine = await world.start_engine(vocab_size=99)
     assert (await client.wait_ready()).vocab_size == 99
-    stream = client.submit([1, 2], GREEDY, 5, 2, key_id="k", cache_salt="s", priority=3, deadline=9.5)
+    stream = client.submit([1, 2], GREEDY, 5, 2, key_id="k", cache_salt="s", priority=3, deadline=1e12)
     request = await engine.receive()
     assert isinstance(request, AddRequest)
     assert (request.generation, request.prompt_ids, request.sampling, request.max_tokens) == (1, [1, 2], GREEDY, 5)
     assert request.choices == [ChoiceStart(0), ChoiceStart(1)]
-    assert (request.key_id, request.cache_salt, request.priority, request.deadline) == ("k", "s", 3, 9.5)
+    assert (request.key_id, request.cache_salt, request.priority, request.deadline) == ("k", "s", 3, 1e12)
     assert request.request_id >> 40 == WORKER
     ends = [RowOutput(stream.request_id, index, [7 + index], finish_reason="stop") for index in range(2)]
     engine.step(*ends)
@@ -341,3 +341,25 @@ async def test_a_closed_client_takes_nothing(world: World, client: EngineClient)
     with pytest.raises(NotReady) as closed:
         client.submit([1], GREEDY, 1)
     assert (closed.value.code, client.status.reason, client._streams) == ("draining", "draining", {})
+
+
+@pytest.mark.parametrize("engine_is", ["hung", "dead"])
+async def test_deadlines_are_kept_without_an_engine(world: World, client: EngineClient, engine_is: str) -> None:
+    """Guards clients that wait for a request whose engine hangs or is being restarted, far beyond their deadline."""
+    engine = await world.start_engine()
+    await client.wait_ready()
+    stream = client.submit([1], GREEDY, 9, 2, deadline=time.monotonic() + 0.1)
+    other = client.submit([1], GREEDY, 9)
+    await engine.receive()
+    await engine.receive()
+    engine.step(RowOutput(stream.request_id, 0, [5, 6]), RowOutput(stream.request_id, 1, [7], finish_reason="stop"))
+    await anext(stream)
+    if engine_is == "dead":
+        world.tell(EngineStarting(2))
+    (end,) = await anext(stream)
+    assert (end.choice, end.finish_reason, end.token_ids) == (0, "timeout", [])
+    assert end.error == "The request's deadline passed after 2 tokens."
+    assert [outputs async for outputs in stream] == []
+    assert list(client._streams) == [other.request_id], "it is not sent to the next engine"
+    if engine_is == "hung":
+        assert await engine.receive() == AbortRequest(1, stream.request_id)
