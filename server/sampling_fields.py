@@ -16,6 +16,7 @@ from ropeway.server.errors import ApiError, invalid
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
 MAX_LISTED_IDS = 1024
+MAX_CONFIG_CHARS = 2**16
 MAX_MESSAGES, MAX_TOOLS = 10_000, 1024
 LONGEST_NAME = 64
 """Characters of an unknown field's name that are repeated to the client."""
@@ -142,7 +143,9 @@ class SamplingFields(BaseModel):
     n: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
     num_return_sequences: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
     do_sample: bool | None = _number("true (sampling) or false (greedy)")
-    generation_config: dict[str, Any] | str | None = _number(
+    generation_config: Annotated[
+        dict[str, Any] | Annotated[str, Field(max_length=MAX_CONFIG_CHARS)] | None, BeforeValidator(_short)
+    ] = _number(
         "an object of transformers' GenerationConfig, its JSON, or the name of a generation-config file of the model"
     )
     truncate_prompt_tokens: int | None = _number(

@@ -39,7 +39,7 @@ def test_default_length(server: RunningServer, reference: Reference) -> None:
 
 def test_max_new_tokens(server: RunningServer, reference: Reference) -> None:
     """Guards long outputs: 50 tokens of counting, the same as generate(max_new_tokens=50)."""
-    text = complete(server, "A sequence of numbers: 1, 2", max_tokens=50)
+    text = complete(server, "A sequence of numbers: 1, 2", max_new_tokens=50)
     assert text == reference.text("A sequence of numbers: 1, 2", 50)
     assert text.startswith(", 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")
 
@@ -88,10 +88,11 @@ def test_sampled_chat(server: RunningServer) -> None:
 
 
 def test_common_options(server: RunningServer, reference: Reference) -> None:
-    """Guards the table of common options: temperature, repetition_penalty and a chosen end token work."""
-    text = complete(server, "A sequence of numbers: 1, 2", max_tokens=30)
+    """Guards the table of common options, under the guide's own names."""
+    text = complete(server, "A sequence of numbers: 1, 2", max_new_tokens=30, temperature=None, do_sample=False)
+    assert text == reference.text("A sequence of numbers: 1, 2", 30)
     ids = server.post("/tokenize", prompt=",", add_special_tokens=False).json()["tokens"]
-    assert complete(server, "A sequence of numbers: 1", max_tokens=30, stop_token_ids=ids) == ""
+    assert complete(server, "A sequence of numbers: 1", max_tokens=30, eos_token_id=ids) == ""
     penalised = complete(server, "A sequence of numbers: 1, 2", max_tokens=30, repetition_penalty=8.0)
     assert penalised == reference.text("A sequence of numbers: 1, 2", 30, repetition_penalty=8.0) != text
     assert complete(server, "A sequence of numbers: 1, 2", max_tokens=30, temperature=0.01, seed=5) == text

@@ -8,6 +8,7 @@ import pytest
 from harness import Reference, RunningServer
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import ValidationError
+from openai_app import check
 
 PROMPT = "A sequence of numbers: 1, 2"
 
@@ -39,6 +40,8 @@ def test_chat_completion(server: RunningServer, reference: Reference) -> None:
     expected = reference.chat(messages, 30)
     answer = client.chat_completion(messages, max_tokens=30, temperature=0)
     assert answer.choices[0].message.content == expected
+    body = {"messages": messages, "max_tokens": 30, "temperature": 0}
+    check(server.post("/v1/chat/completions", **body).json(), "CreateChatCompletionResponse")
     stream = client.chat_completion(messages, max_tokens=30, temperature=0, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == expected
 

@@ -1,10 +1,12 @@
 """The official SDKs for /v1/responses and /v1/messages against the running server."""
 
+import json
 from collections.abc import Iterator
 
 import anthropic
 import pytest
 from harness import Reference, RunningServer, start_server
+from openai_app import check
 
 QUESTION = "Who are you?"
 GREEDY = {"temperature": 0}
@@ -50,6 +52,10 @@ def test_responses(server: RunningServer, reference: Reference) -> None:
     options = {"model": "ropeway-demo", "input": QUESTION, "temperature": 0, "max_output_tokens": 30}
     answer = client.responses.create(**options)  # type: ignore[call-overload]
     assert answer.output_text == expected and answer.status == "completed"
+    check(server.post("/v1/responses", **options).json(), "Response")
+    for line in server.post("/v1/responses", **options, stream=True).text.splitlines():
+        if line.startswith("data: "):
+            check(json.loads(line.removeprefix("data: ")), "ResponseStreamEvent")
     events = list(client.responses.create(**options, stream=True))  # type: ignore[call-overload]
     assert events[-1].response.output_text == expected
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import MODEL_DIR, Reference, RunningServer, start_server
+from openai_app import check
 from transformers import GenerationConfig
 
 PROMPT = "A sequence of numbers: 1, 2"
@@ -38,7 +40,7 @@ def server(folder: Path) -> Iterator[RunningServer]:
 def complete(server: RunningServer, **fields: object) -> str:
     answer = server.post("/v1/completions", prompt=PROMPT, **fields)
     assert answer.status_code == 200, answer.text
-    return str(answer.json()["choices"][0]["text"])
+    return str(check(answer.json(), "CreateCompletionResponse")["choices"][0]["text"])
 
 
 def test_preset_of_the_server(server: RunningServer, reference: Reference) -> None:
@@ -85,7 +87,8 @@ def test_batch_and_chat(server: RunningServer, reference: Reference, tmp_path: P
     (tmp_path / "in").write_text("\n".join(map(json.dumps, jobs)))
     batch = [*tool, "run-batch", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--url", server.url]
     subprocess.run(batch, check=True, capture_output=True, timeout=120)
-    entries = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    entries: list[dict[str, Any]] = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert all(check(entry["response"]["body"], "CreateCompletionResponse") for entry in entries)
     texts = {entry["custom_id"]: entry["response"]["body"]["choices"][0]["text"] for entry in entries}
     assert texts == {prompt: reference.text(prompt, 7, repetition_penalty=8.0) for prompt in prompts}
     chat = [*tool, "chat", "--url", server.url, "--set", "repetition_penalty=1", "--set", "max_tokens=40"]

@@ -54,7 +54,8 @@ BAD: list[tuple[str, str]] = [
     ("eos_token_id", '"</s>"'), ("eos_token_id", str([1] * (MAX_LISTED_IDS + 1))), ("stop_strings", "5"),
     ("stop_strings", '[""]'), ("num_return_sequences", "0"), ("suppress_tokens", "[2000]"), ("max_length", "0"),
     ("truncate_prompt_tokens", "0"), ("max_time", "0"), ("max_time", "true"), ("truncate_prompt_tokens", "-2"), ("min_length", "-1"),
-    ("generation_config", "5"), ("generation_config", '"{"'), ("generation_config", '"no-such-preset"'),
+    ("generation_config", "5"), ("generation_config", '"{"'), ("generation_config", '"no-such-preset"'), ("generation_config", json.dumps("{" + " " * 2**16)),
+    ("generation_config", json.dumps({str(i): i for i in range(2000)})),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from tiny_text import write_text_dir
 
 from ropeway.scheduler.messages import EngineReady, Heartbeat, LoadFailed
+from ropeway.server.sampling_fields import UNBUILT
 from ropeway.server.settings import Settings
 from ropeway.server.start_screen import StartScreen, access_line, chat_line, count, plan_rows, sampling_defaults, size
 
@@ -136,6 +137,10 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     info = model_info(write_text_dir(tmp_path))
     assert sampling_defaults(info, Settings()) == "temperature 0.7, top_k 5 (generation_config.json)"
     assert "OpenAI" in sampling_defaults(info, Settings(generation_config="none"))
+    (tmp_path / "p.json").write_text('{"top_k": 9, "num_beams": 4, "pad_token_id": 0}')
+    shown = sampling_defaults(info, Settings(generation_config="p"))
+    assert shown.startswith("temperature 0.7, top_k 9 (p.json, generation_config.json)")
+    assert "num_beams" not in UNBUILT or shown.endswith("; not done yet: num_beams")
     assert dict(plan_rows(info, Settings()))["sampling"]
 
 
