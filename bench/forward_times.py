@@ -34,7 +34,7 @@ REPLAYS = 20
 KINDS = {
     "attention": ("attend", "merge", "_plan"),
     "rotation and KV write": ("rotate_and_write", "_write"),
-    "norm": ("rms_norm",),
+    "norm": ("_normalise",),
     "gate": ("_gated",),
     "linear": ("nvjet", "gemm", "cutlass", "splitk", "gemv", "_one_row", "_few_rows"),
 }

@@ -17,7 +17,7 @@ Layout = Literal["halves", "repeated", "once"]
 
 @dataclass(slots=True, frozen=True)
 class Norm:
-    """RMSNorm (arXiv:1910.07467) and the conventions in which models differ."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), and the conventions in which models differ."""
 
     weight: torch.Tensor
     """[D], contiguous."""
@@ -26,6 +26,10 @@ class Norm:
     """1 where the weight is stored as its difference from one (Gemma), else 0."""
     late: bool
     """Rounded to the input's dtype only after the weight; else before it as well."""
+    centred: bool = False
+    """LayerNorm: the mean is taken away first."""
+    bias: torch.Tensor | None = None
+    """[D], contiguous; added after the weight. Only where `late`."""
 
     def like(self, other: "Norm") -> bool:
         """Whether the two differ in their weights alone."""
@@ -70,23 +74,26 @@ class Unrotated:
     """Still to be applied to each head."""
 
 
-def rms_norm(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def normalised(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm of x + residual, x + residual); x [..., D] and residual of one dtype. Without a residual the sum is x."""
     if _on_gpu(x):
-        return triton_norm.rms_norm(x, norm.weight, residual, eps=norm.eps, offset=norm.offset, late=norm.late)
-    return plain_rms_norm(x, norm, residual)
+        return triton_norm.normalise(x, norm, residual)
+    return plain_normalised(x, norm, residual)
 
 
-def plain_rms_norm(
+def plain_normalised(
     x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `rms_norm`, in torch."""
+    """As `normalised`, in torch."""
     total = x if residual is None else x + residual
     wide = total.float()
+    if norm.centred:
+        wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
     if not norm.late:
         wide = wide.to(x.dtype).float()
-    return (wide * (norm.offset + norm.weight.float())).to(x.dtype), total
+    wide = wide * (norm.offset + norm.weight.float())
+    return (wide if norm.bias is None else wide + norm.bias.float()).to(x.dtype), total
 
 
 def angle_tables(
@@ -160,7 +167,7 @@ def rotate_and_write(
 
 def plain_rotated(new: Unrotated, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """q or k [N,heads,D] as `rotate_and_write` rotates it, in torch."""
-    x = new.x if new.norm is None else plain_rms_norm(new.x, new.norm)[0]
+    x = new.x if new.norm is None else plain_normalised(new.x, new.norm)[0]
     columns = torch.arange(rotation.pairs, device=x.device)
     left = columns * 2 if rotation.interleaved else columns
     right = left + 1 if rotation.interleaved else columns + rotation.pairs

@@ -1,7 +1,7 @@
 """Fewer launches and bytes per layer, for any family: transformers' own model with a few of its modules stood in for.
 
     merged projections       linear layers of one parent that get one tensor become one product: q, k, v; gate, up
-    RMSNorm                  one launch, and one together with the residual addition before it
+    RMSNorm and LayerNorm    one launch, and one together with the residual addition before it
     rotation + KV write      one launch, the norm of each head of q and k included
     gated activation         one launch after the merged gate and up
     cos and sin              one launch per forward
@@ -187,7 +187,7 @@ class _Fusing:
             if activation is not None:
                 self._put("gate", None, replace_forward(module, _activation_forward(activation, self._uses["gate"])))
                 self._report.gates += 1
-        self._report.left += [f"{number} {name}, no RMSNorm" for name, number in others.items()]
+        self._report.left += [f"{number} {name} of a kind without a kernel" for name, number in others.items()]
 
     def _tables(self, recording: Recording) -> None:
         for module, forward in table_forwards(recording, self._max_model_len).items():

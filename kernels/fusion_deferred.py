@@ -4,7 +4,7 @@ A fused module returns one of these instead of launching a kernel of its own. tr
 any tensor; the operation that completes a known pair runs both in one launch, and every other operation gets the value,
 computed as it would have been:
 
-    Sum         a + b                      then RMSNorm: one launch gives the sum and its norm
+    Sum         a + b                      then a norm: one launch gives the sum and its norm
     Activated   activation(gate)           then * up: one launch
     Normed      RMSNorm of each head       then a rotation, by `Rotated`
     Rotated     q or k with its angles     then our attention: rotation and KV write in one launch
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, gated, rms_norm
+from ropeway.kernels.fused_ops import Activation, Norm, Rotation, Unrotated, activate, gated, normalised
 
 _METADATA = frozenset(
     {
@@ -125,11 +125,11 @@ class Sum(Deferred):
         return Sum(a, b, self._uses)
 
     def normed(self, norm: Norm) -> torch.Tensor:
-        """RMSNorm of the value; computes the value on the way if it is still to come."""
+        """The norm of the value; computes the value on the way if it is still to come."""
         if self._terms is None:
-            return rms_norm(self.value(), norm)[0]
+            return normalised(self.value(), norm)[0]
         self._uses.fused += 1
-        result, self._value = rms_norm(self._terms[0], norm, self._terms[1])
+        result, self._value = normalised(self._terms[0], norm, self._terms[1])
         self._terms = None  # they are not wanted any more, and large
         return result
 
@@ -166,7 +166,7 @@ class Normed(Deferred):
         self._uses = uses
 
     def compute(self) -> torch.Tensor:
-        return rms_norm(self.x, self.spec)[0]
+        return normalised(self.x, self.spec)[0]
 
     def then(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is not torch.Tensor.transpose or args[1:] != (1, 2):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ropeway.kernels.fused_ops import Activation, Norm, activate, plain_rms_norm, rms_norm
+from ropeway.kernels.fused_ops import Activation, Norm, activate, normalised, plain_normalised
 from ropeway.kernels.fusion_deferred import Normed, Sum, Uses, plain
 
 Undo = Callable[[], None]
@@ -190,24 +190,28 @@ def _merged(parameters: list[torch.Tensor]) -> nn.Parameter:
 
 
 def find_norm(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Norm | None:
-    """How a module that gave y [..., D] for x computes RMSNorm; None if that is not what it does."""
+    """How a module that gave y [..., D] for x normalises; None if it does something else, or has no weight."""
     parameters = list(module.parameters())
-    if len(parameters) != 1 or parameters[0].shape != x.shape[-1:] or y.dtype != x.dtype or y.shape != x.shape:
+    if len(parameters) not in (1, 2) or y.dtype != x.dtype or y.shape != x.shape or any(True for _ in module.buffers()):
         return None
-    if any(True for _ in module.buffers()) or parameters[0].dtype != x.dtype:
+    if any(parameter.shape != x.shape[-1:] or parameter.dtype != x.dtype for parameter in parameters):
         return None
     epsilons = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.01]
     made_up = torch.cat([_made_up(x) * scale for scale in (1e-3, 1, 30)])
     cases = [(x, y), (made_up, module(made_up))]
-    weight = parameters[0]  # the parameter itself, which moves with its module
+    # The parameters themselves, which move with their module.
+    weight, bias = parameters[0], parameters[1] if len(parameters) == 2 else None
+    kinds = [(0.0, True, True), (1.0, True, True)]
+    if bias is None:
+        kinds += [(0.0, False, False), (0.0, True, False), (1.0, True, False)]
     found = []
     for eps in dict.fromkeys(epsilons):
-        for offset, late in ((0.0, False), (0.0, True), (1.0, True)):
-            norm = Norm(weight, eps, offset, late)
-            answers = [(plain_rms_norm(given, norm)[0].float(), right.float()) for given, right in cases]
+        for offset, late, centred in kinds:
+            norm = Norm(weight, eps, offset, late, centred, bias)
+            answers = [(plain_normalised(given, norm)[0].float(), right.float()) for given, right in cases]
             found.append((sum(float((answer - right).abs().mean()) for answer, right in answers), norm))
     best = min(found, key=lambda pair: pair[0])[1] if found else None
-    if best is None or not all(close(rms_norm(given, best)[0], right) for given, right in cases):
+    if best is None or not all(close(normalised(given, best)[0], right) for given, right in cases):
         return None
     return best
 
@@ -219,14 +223,14 @@ def _made_up(x: torch.Tensor) -> torch.Tensor:
 
 
 def norm_forward(norm: Norm, uses: Uses) -> Callable[[torch.Tensor], torch.Tensor]:
-    """RMSNorm in one launch; of a `Sum` together with the addition, of heads only when somebody wants them."""
+    """A norm in one launch; of a `Sum` together with the addition, RMSNorm of heads only when somebody wants it."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if isinstance(x, Sum):
             return x.normed(norm)
-        if x.dim() == 4:
+        if x.dim() == 4 and not norm.centred:
             return Normed(plain(x), norm, uses)
-        return rms_norm(plain(x), norm)[0]
+        return normalised(plain(x), norm)[0]
 
     return forward
 

@@ -1,4 +1,4 @@
-"""RMSNorm on the GPU, in Triton, alone or together with the residual addition before it: one launch, one pass.
+"""RMSNorm and LayerNorm on the GPU, in Triton, alone or with the residual addition before it: one launch, one pass.
 
 Knows rows of numbers, no model. `fused_ops.py` has the reference in torch.
 """
@@ -6,9 +6,14 @@ Knows rows of numbers, no model. `fused_ops.py` has the reference in torch.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
+
+if TYPE_CHECKING:
+    from ropeway.kernels.fused_ops import Norm
 
 try:
     import triton.language as tl
@@ -20,18 +25,13 @@ TILE = 2048
 """Numbers that one program holds at least: as many short rows, though there may be fewer."""
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, *, eps: float, offset: float, late: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / rms(x) * (offset + weight) over the last dimension, of x + residual if there is one.
+def normalise(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * (offset + weight) + bias over the last dimension, of x + residual; a centred x has no mean.
 
     Args:
         x: [..., D], of at most two leading dimensions that are not 1; any strides but for a dense last dimension.
-        weight: [D], contiguous.
+        norm: its weight and conventions; bias only where it rounds late.
         residual: like x, or None.
-        eps: added to the mean of squares.
-        offset: 0, or 1 for weights stored as differences from one.
-        late: round to x's dtype once, after the weight; else before it as well.
 
     Returns:
         (normed, x + residual rounded to x's dtype or x itself); both [..., D], new ones contiguous.
@@ -44,15 +44,18 @@ def rms_norm(
     block = next_power_of_2(hidden)
     rows = max(1, TILE // block)
     early = starts_early(x.device)
-    _rms_norm[(ceil_div(tokens.size * heads.size, rows),)](
-        *(x, other, weight, out, total, tokens.size * heads.size, heads.size, eps),
+    _normalise[(ceil_div(tokens.size * heads.size, rows),)](
+        *(x, other, norm.weight, norm.weight if norm.bias is None else norm.bias, out, total),
+        *(tokens.size * heads.size, heads.size, norm.eps),
         *(tokens.stride, heads.stride, rows_of(other)[0].stride, rows_of(other)[1].stride),
         HIDDEN=hidden,
         BLOCK=block,
         ROWS=rows,
         RESIDUAL=residual is not None,
-        OFFSET=offset,
-        LATE=late,
+        CENTRED=norm.centred,
+        OFFSET=norm.offset,
+        LATE=norm.late,
+        BIAS=norm.bias is not None,
         EARLY=early,
         **launch_options(early),
         num_warps=max(1, min(16, rows * block // 512)),
@@ -89,10 +92,11 @@ def rows_of(x: torch.Tensor) -> tuple[Dimension, Dimension]:
 
 
 @jit(run_time=("rows", "inner"))
-def _rms_norm(
+def _normalise(
     x,
     residual,
     weight,
+    bias,
     out,
     total,
     rows,
@@ -106,8 +110,10 @@ def _rms_norm(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    CENTRED: tl.constexpr,
     OFFSET: tl.constexpr,
     LATE: tl.constexpr,
+    BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """ROWS rows, whole."""
@@ -127,7 +133,12 @@ def _rms_norm(
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=mask)
         value = rounded.to(tl.float32)
+    if CENTRED:
+        value = tl.where(mask, value - tl.sum(value, axis=1, keep_dims=True) / HIDDEN, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / HIDDEN + eps)
     if not LATE:
         value = value.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + place, (value * (OFFSET + scale)).to(out.dtype.element_ty), mask=mask)
+    value *= OFFSET + scale
+    if BIAS:
+        value += tl.load(bias + column, mask=column < HIDDEN, other=0).to(tl.float32)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)

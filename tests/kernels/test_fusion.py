@@ -1,6 +1,7 @@
 """Fused models against themselves unfused, in every packed family; and everything that must not be fused, or not so."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,15 @@ def test_every_family_says_what_it_said(name: str) -> None:
     ("name", "report"),
     [  # two layers each
         ("llama", FusionReport(merged=4, norms=5, residuals=4, rotations=2, gates=2, tables=1)),
-        ("qwen3", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1)),  # norms of heads
-        (
-            "gemma2",
-            FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1),
-        ),  # more norms
-        ("phi", FusionReport(merged=2, rotations=2, tables=1)),  # partial rotation, LayerNorm, no gate
-        ("cohere", FusionReport(merged=4, rotations=2, gates=2, tables=1)),  # interleaved rotation
-        ("glm", FusionReport(merged=2, norms=5, residuals=4, rotations=2, gates=2, tables=1)),  # both
-        ("deepseek_v3", FusionReport(merged=4, norms=9, residuals=4, gates=3, tables=1)),  # rotates parts of heads
-        ("gpt2", FusionReport()),
+        # norms of heads; of what a block gives; LayerNorm, parts of heads and no gate; the same interleaved, with one
+        ("qwen3", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1)),
+        ("gemma2", FusionReport(merged=4, norms=9, residuals=4, rotations=2, gates=2, tables=1)),
+        ("phi", FusionReport(merged=2, norms=3, residuals=2, rotations=2, tables=1)),
+        ("cohere", FusionReport(merged=4, norms=3, residuals=2, rotations=2, gates=2, tables=1)),
+        ("glm", FusionReport(merged=2, norms=5, residuals=4, rotations=2, gates=2, tables=1)),
+        # rotates half of what attention gets; knows no rotation
+        ("deepseek_v3", FusionReport(merged=4, norms=9, residuals=4, gates=3, tables=1)),
+        ("gpt2", FusionReport(norms=5, residuals=4)),
     ],
 )
 def test_what_is_fused(name: str, report: FusionReport) -> None:
@@ -212,7 +212,7 @@ def test_other_dtypes_stay_plain() -> None:
 
 
 def wrong_norm(x: torch.Tensor, norm: Norm, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    right, total = fused_ops.rms_norm(x, norm, residual)
+    right, total = fused_ops.normalised(x, norm, residual)
     return (right if residual is None else right * 1.01), total
 
 
@@ -227,7 +227,7 @@ def plain_llama() -> Iterator[PreTrainedModel]:
 
 def test_a_wrong_whole_is_undone(plain_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards what no module shows by itself, like a norm that is wrong with its residual alone: the logits do."""
-    monkeypatch.setattr(fusion_deferred, "rms_norm", wrong_norm)
+    monkeypatch.setattr(fusion_deferred, "normalised", wrong_norm)
     report = fuse(plain_llama, MAX_MODEL_LEN)
     assert as_loaded(plain_llama)
     assert "logits differ" in report.sentence() and report.sentence().startswith("fused: nothing")
@@ -239,7 +239,7 @@ def test_a_fused_model_that_raises_is_undone(plain_llama: PreTrainedModel, monke
     def refuse(*args: Any) -> None:
         raise TypeError("not with me")
 
-    monkeypatch.setattr(fusion_deferred, "rms_norm", refuse)
+    monkeypatch.setattr(fusion_deferred, "normalised", refuse)
     report = fuse(plain_llama, MAX_MODEL_LEN)
     assert as_loaded(plain_llama) and "TypeError" in report.sentence()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain_llama.modules())
@@ -255,12 +255,12 @@ def spoil_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spoil_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fusion_modules.rms_norm
+    right = fusion_modules.normalised
 
     def wrong(x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        return right(x, Norm(norm.weight, norm.eps, norm.offset + 0.5, norm.late))
+        return right(x, replace(norm, offset=norm.offset + 0.5))
 
-    monkeypatch.setattr(fusion_modules, "rms_norm", wrong)
+    monkeypatch.setattr(fusion_modules, "normalised", wrong)
 
 
 def spoil_merge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,14 +301,17 @@ def test_a_wrong_part_is_not_used(
     monkeypatch.undo()
 
 
-def test_gemmas_norm_is_not_taken_for_llamas() -> None:
-    """Guards the `+ 1` of weights that are stored as differences: with small weights the two look alike by shape."""
-    for name, offset in (("llama", 0.0), ("gemma", 1.0)):
-        module = build(FAMILIES[name]).model.norm
-        x = torch.randn(1, 3, 64)
-        with torch.no_grad():
-            norm = fusion_modules.find_norm(module, x, module(x))
-        assert norm is not None and norm.offset == offset
+@pytest.mark.parametrize(
+    ("name", "offset", "centred"),
+    [("llama", 0.0, False), ("gemma", 1.0, False), ("cohere", 0.0, True), ("starcoder2", 0.0, True)],
+)
+def test_norms_are_told_apart(name: str, offset: float, centred: bool) -> None:
+    """Guards the `+ 1` of weights that are stored as differences, and LayerNorm without a bias: all look alike."""
+    module = build(FAMILIES[name]).model.norm
+    x = torch.randn(1, 3, 64)
+    with torch.no_grad():
+        norm = fusion_modules.find_norm(module, x, module(x))
+    assert norm is not None and (norm.offset, norm.centred) == (offset, centred)
 
 
 # --- deferred values
