@@ -99,11 +99,18 @@ async def consume(client: EngineClient, request: Request, max_tokens: int) -> in
     return tokens
 
 
-async def run_all(client: EngineClient, requests: list[Request], limit: int | None = None) -> tuple[int, float]:
-    """Tokens and seconds of all requests together; at most `limit` tokens each."""
+async def run_all(
+    client: EngineClient, requests: list[Request], streams: int, limit: int | None = None
+) -> tuple[int, float]:
+    """Tokens and seconds of all requests together, `streams` of them at a time; at most `limit` tokens each."""
+    turn = asyncio.Semaphore(streams)
+
+    async def one(request: Request) -> int:
+        async with turn:
+            return await consume(client, request, min(request.max_tokens, limit or request.max_tokens))
+
     begin = time.perf_counter()
-    jobs = [consume(client, request, min(request.max_tokens, limit or request.max_tokens)) for request in requests]
-    counts = await asyncio.gather(*jobs)
+    counts = await asyncio.gather(*map(one, requests))
     return sum(counts), time.perf_counter() - begin
 
 
@@ -132,19 +139,21 @@ def step_figures(before: dict[str, float], after: dict[str, float]) -> dict[str,
     return figures
 
 
-async def measure(engine: LoneEngine, case: str, shape: str) -> dict[str, Any]:
+async def measure(engine: LoneEngine, case: str, shape: str, streams: int | None) -> dict[str, Any]:
     """The row of one case."""
     info = await engine.client.wait_ready()
     requests = requests_of(case, info.vocab_size)
-    await run_all(engine.client, requests, WARM_TOKENS)
+    at_a_time = streams or len(requests)
+    await run_all(engine.client, requests[:at_a_time], at_a_time, WARM_TOKENS)
     before = engine_sums(engine.metrics_dir)
-    tokens, seconds = await run_all(engine.client, requests)
+    tokens, seconds = await run_all(engine.client, requests, at_a_time)
     assert tokens == sum(request.max_tokens for request in requests), "a request ended early"
     rate = tokens / seconds
-    theirs = VLLM.get(shape, {}).get(case)
+    theirs = VLLM.get(shape, {}).get(case) if streams is None else None
     return {
         "case": case,
         "model": shape,
+        "streams": at_a_time,
         "output_tokens_per_s": round(rate, 1),
         "vllm": theirs,
         "ratio": round(rate / theirs, 3) if theirs else None,
@@ -155,7 +164,7 @@ async def measure(engine: LoneEngine, case: str, shape: str) -> dict[str, Any]:
     }
 
 
-async def run(settings: Settings, cases: list[str], shape: str) -> None:
+async def run(settings: Settings, cases: list[str], shape: str, streams: int | None) -> None:
     """One engine for all cases; a line as soon as each is measured."""
     begin = time.perf_counter()
     engine = LoneEngine(settings.engine_config())
@@ -164,7 +173,7 @@ async def run(settings: Settings, cases: list[str], shape: str) -> None:
         info = await engine.client.wait_ready()
         start = {"ready_s": round(time.perf_counter() - begin, 1), "dtype": info.dtype, "device": info.device}
         for case in cases:
-            print(json.dumps(await measure(engine, case, shape) | start | about()), flush=True)
+            print(json.dumps(await measure(engine, case, shape, streams) | start | about()), flush=True)
     finally:
         await engine.close()
 
@@ -185,13 +194,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder, from bench/make_model.py for example")
     parser.add_argument("--case", action="append", help=f"repeatable; default: {' '.join(CASES)}")
+    parser.add_argument("--streams", type=int, help="requests at a time; default: all. A closed loop, as over HTTP")
     options, flags = parser.parse_known_args()
     cases = options.case or CASES
     try:
         settings, shape = settings_of(options.model, cases, flags)
     except (UsageError, ValueError) as error:
         parser.error(str(error))
-    asyncio.run(run(settings, cases, shape))
+    asyncio.run(run(settings, cases, shape, options.streams))
     return 0
 
 

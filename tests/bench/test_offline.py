@@ -10,9 +10,10 @@ def test_a_tiny_model_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Guards the script against the engine's interfaces: every request gets all its tokens, steps are counted."""
     module("make_model", monkeypatch).write_model("llama-tiny", tmp_path)
     flags = ["--model", str(tmp_path), "--load-format", "dummy", "--kv-cache-memory-bytes", "16MiB"]
-    one, two = rows("offline.py", *flags, "--case", "2x8/4", "--case", "3xU(2,9)/6")
+    one, two = rows("offline.py", *flags, "--case", "2x8/4", "--case", "3xU(2,9)/6", "--streams", "2")
     assert (one["case"], one["prompt_tokens"], one["output_tokens"]) == ("2x8/4", 16, 8)
     assert one["output_tokens_per_s"] > 0 and one["vllm"] is None
+    assert (one["streams"], two["streams"]) == (2, 2)
     assert one["steps"]["prefill"]["steps"] == 1 and one["steps"]["decode"]["steps"] == 3
     assert two["output_tokens"] == 18
 
