@@ -43,6 +43,7 @@ class ChatFields(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description=f"an object of at most {MAX_VARIABLES} variables", max_length=MAX_VARIABLES
     )
+    return_token_ids: bool | None = Field(default=None, description="true or false")
     add_generation_prompt: bool | None = Field(default=None, description="true or false")
     continue_final_message: bool | None = Field(default=None, description="true or false")
 
@@ -119,10 +120,15 @@ def answer(
     reader = OutputReader(output, plan.skip_special_tokens, services.tokenizer, usage, services.metrics)
     if fields.stream:
         chunks = Chunks(head, "chat.completion.chunk", fields, usage)
-        return EventStream(generation, ChatFrames(chunks, reader, logprobs), headers)
+        prompt_ids = plan.prompt_ids if fields.return_token_ids else None
+        return EventStream(generation, ChatFrames(chunks, reader, logprobs, prompt_ids), headers)
 
     def whole(choices: list[ChoiceDelta]) -> dict[str, Any]:
-        return head.document("chat.completion", [choice_object(reader, choice, logprobs) for choice in choices], usage)
+        documents = [choice_object(reader, choice, logprobs) for choice in choices]
+        if fields.return_token_ids:
+            for document, choice in zip(documents, choices, strict=True):
+                document |= {"prompt_token_ids": plan.prompt_ids, "token_ids": choice.token_ids}
+        return head.document("chat.completion", documents, usage)
 
     return JsonAnswer(generation, whole, headers)
 
@@ -166,12 +172,19 @@ def call_object(call: CallStart) -> dict[str, Any]:
 
 
 class ChatFrames:
-    """The stream: per choice a chunk with its role, then deltas, then its end; see `stream.Frames`."""
+    """The stream: per choice a chunk with its role, then deltas, then its end; see `stream.Frames`.
 
-    def __init__(self, chunks: Chunks, reader: OutputReader, logprobs: bool) -> None:
+    Args:
+        prompt_ids: go out with the role, and each delta's ids with it; None for no ids at all.
+    """
+
+    def __init__(
+        self, chunks: Chunks, reader: OutputReader, logprobs: bool, prompt_ids: list[int] | None = None
+    ) -> None:
         self._chunks = chunks
         self._reader = reader
         self._logprobs = logprobs
+        self._prompt_ids = prompt_ids
         self._begun: set[int] = set()
 
     def encode(self, deltas: list[ChoiceDelta]) -> bytes:
@@ -181,25 +194,36 @@ class ChatFrames:
         return self._chunks.finish()
 
     def _events(self, delta: ChoiceDelta) -> list[bytes]:
-        """The chunks of one delta; its logprobs are in the first one that says something."""
+        """The chunks of one delta; its logprobs and ids are in the first one that says something."""
         output = self._reader.read(delta)
         index = b'{"index":%d,"delta":' % delta.index
         unfinished = b',"finish_reason":null}'
         choices = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            choices.append(index + b'{"role":"assistant","content":""},"logprobs":null' + unfinished)
-        logprobs = json_bytes(logprobs_object(delta.logprobs)) if self._logprobs and delta.logprobs else b"null"
+            ids = b"" if self._prompt_ids is None else b',"prompt_token_ids":' + json_bytes(self._prompt_ids)
+            choices.append(index + b'{"role":"assistant","content":""},"logprobs":null' + ids + unfinished)
+        nothing = b',"logprobs":null'
+        tokens = self._tokens(delta) or nothing
         changes = [change for event in output.events if (change := delta_bytes(event))]
-        if not changes and logprobs != b"null":
+        if not changes and tokens != nothing:
             changes.append(b'{"content":""}')
         for change in changes:
-            choices.append(index + change + b',"logprobs":' + logprobs + unfinished)
-            logprobs = b"null"
+            choices.append(index + change + tokens + unfinished)
+            tokens = nothing
         if output.finish_reason is not None:
             end = {"finish_reason": output.finish_reason, "stop_reason": delta.stop_reason}
             choices.append(index + b'{},"logprobs":null,' + json_bytes(end)[1:])
         return [self._chunks.choice(choice) for choice in choices]
+
+    def _tokens(self, delta: ChoiceDelta) -> bytes:
+        """What was asked for of a delta's tokens; b"" if that is nothing."""
+        logprobs = self._logprobs and delta.logprobs
+        ids = self._prompt_ids is not None and delta.token_ids
+        if not logprobs and not ids:
+            return b""
+        tokens = b',"logprobs":' + (json_bytes(logprobs_object(delta.logprobs)) if logprobs else b"null")
+        return tokens + (b',"token_ids":' + json_bytes(delta.token_ids) if ids else b"")
 
 
 def delta_bytes(event: Event) -> bytes:

@@ -266,6 +266,19 @@ async def test_unknown_model() -> None:
     await whole(server, model="tiny")
 
 
+@pytest.mark.parametrize("sizes", [(1,), (2, 5)])
+async def test_token_ids(sizes: tuple[int, ...]) -> None:
+    """Guards clients that want ids: the prompt's once per choice, the output's in pieces that join to the whole."""
+    answer, _ = await whole(Server(rows()), n=2, return_token_ids=True)
+    server = Server(rows(sizes=sizes))
+    chunks, _ = await streamed(server, n=2, return_token_ids=True)
+    for index, choice in enumerate(answer["choices"]):
+        pieces = [piece for chunk in chunks for piece in chunk["choices"] if piece["index"] == index]
+        assert [id for piece in pieces for id in piece.get("token_ids", [])] == choice["token_ids"] != []
+        assert [piece.get("prompt_token_ids") for piece in pieces[:2]] == [choice["prompt_token_ids"], None]
+        assert choice["prompt_token_ids"] == server.engine.submitted[0].prompt_ids
+
+
 async def test_ignored_fields() -> None:
     """Guards typos: named in a header, streamed or not; refused with --strict."""
     fields = {"temprature": 0.5, "user": "u", "metadata": {"a": "b"}, "service_tier": None}
