@@ -9,14 +9,17 @@ from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.cpu_linear import pack_linears, threads_for
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
+from ropeway.kernels.fp8 import quantise_to_fp8
 from ropeway.kernels.fusion import fuse
 from ropeway.kernels.graphs import LARGEST_MIXED, CudaCapture, decode_sizes, mixed_sizes
 from ropeway.kernels.kv_pool import KVPool
+from ropeway.kernels.linear import use_fast_linears
 from ropeway.kernels.loader import LoadedModel, Progress, load_model
 from ropeway.kernels.memory import kv_budget, peak_bytes, plan_blocks
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
 from ropeway.kernels.probe import Layout, choose_layout
+from ropeway.kernels.quantization import count_weights
 from ropeway.kernels.rope import fix_rope
 from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampler import Lines, Sampler
@@ -99,7 +102,8 @@ def build_runner(
         max_model_len=max_model_len,
         progress=lambda stage, share: progress(stage, 0.8 * share),
     )
-    pack_linears(loaded.model)
+    if quantization != "fp8":
+        pack_linears(loaded.model)
     if threads is None and loaded.device.type == "cpu":
         torch.set_num_threads(threads_for(loaded.model, torch.get_num_threads()))
     progress("trying the layouts", 0.8)
@@ -108,6 +112,11 @@ def build_runner(
     on_gpu = loaded.device.type == "cuda"
     packed = choice.layout == "packed"
     fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and packed else None
+    if quantization == "fp8":
+        progress("rounding weights", 0.82)
+        quantise_to_fp8(loaded.model)
+    if on_gpu:
+        use_fast_linears(loaded.model)
     state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
     sampler = TritonSampler(state) if on_gpu else Sampler(state)
     forward_class = PackedForward if packed else PaddedForward
@@ -143,7 +152,7 @@ def build_runner(
     return runner, RunnerInfo(
         architecture=loaded.architecture,
         num_parameters=loaded.num_parameters,
-        weight_bytes=loaded.weight_bytes,
+        weight_bytes=count_weights(loaded.model)[1] if quantization == "fp8" else loaded.weight_bytes,
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=str(loaded.device),
         layout=choice.layout,

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ropeway.kernels.dummy import dummy_model
 from ropeway.kernels.errors import LoadError, NotAModel, UnknownArchitecture, UnsupportedModel, UnsupportedSetting
+from ropeway.kernels.fp8 import check_fp8
 from ropeway.kernels.hub import check_hub
 from ropeway.kernels.memory import check_weights_fit, shared_memory
 from ropeway.kernels.quantization import BITS, count_weights, keep_compute_dtype, quantization_options, stored_kind
@@ -92,8 +93,10 @@ def load_model(
     length = _max_model_len(config, max_model_len)
     options = quantization_options(config, quantization, target)
     kind = quantization or stored_kind(config)
+    if quantization == "fp8":
+        check_fp8(place, target, device_map)
     if load_format == "dummy":
-        if kind is not None:
+        if kind is not None and quantization != "fp8":
             raise UnsupportedSetting(f"--load-format dummy makes no {kind} weights: leave one of the two out.")
         progress("making random weights", 0.1)
         loaded = dummy_model(config, target, place, trust_remote_code)
@@ -105,7 +108,7 @@ def load_model(
             if not spread:
                 check_weights_fit(needed, place)
         progress("reading weights", 0.1)
-        options |= _placement(place, device_map, quantised=kind is not None)
+        options |= _placement(place, device_map, quantised=kind is not None and quantization != "fp8")
         options |= {"dtype": target, "revision": revision, "trust_remote_code": trust_remote_code}
         loaded = _weights(model, folder, config, pickles, options)
         keep_compute_dtype(loaded)
@@ -236,7 +239,7 @@ def _weight_bytes(
     stored = sum(file.stat().st_size for file in files or others)
     if stored_kind(config):
         return stored
-    if quantization is not None:
+    if quantization in BITS:
         return int(stored // _checkpoint_dtype(config).itemsize * BITS[quantization] / 8)
     return stored * dtype.itemsize // _checkpoint_dtype(config).itemsize
 

@@ -1,4 +1,5 @@
 """Weights in 8 or 4 bits, by transformers' own bitsandbytes integration: its names, its configuration, its bytes.
+FP8 is `fp8.py`'s: such weights are read as they are stored, and rounded in memory.
 
 Knows no file and no request. A batch must not change what a row says, so 8-bit runs without outlier columns: LLM.int8
 (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339) looks for them over all rows of a matmul.
@@ -12,10 +13,10 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from ropeway.kernels.errors import UnsupportedSetting
 
-KINDS = ("bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
+KINDS = ("fp8", "bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
 
 BITS = {"bitsandbytes-nf4": 4.5, "bitsandbytes-fp4": 4.5, "bitsandbytes-int8": 8.0}
-"""Per quantised weight; 4-bit ones have an fp32 scale for every 64."""
+"""Per weight that is quantised while it is read; 4-bit ones have an fp32 scale for every 64."""
 
 
 def stored_kind(config: PreTrainedConfig) -> str | None:
@@ -46,12 +47,12 @@ def quantization_options(config: PreTrainedConfig, wanted: str | None, dtype: to
     if wanted is not None and wanted not in KINDS:
         raise UnsupportedSetting(f"There is no quantization {wanted!r}: say {', '.join(KINDS)}.")
     if stored is not None:
-        if wanted not in (None, stored):
+        if wanted == "fp8" or wanted not in (None, stored):
             raise UnsupportedSetting(f"This model is quantised already ({stored}): leave --quantization {wanted} out.")
         if stored == "bitsandbytes-int8":
             config.quantization_config = _stored(config) | {"llm_int8_threshold": 0.0}
         return {}
-    if wanted is None:
+    if wanted in (None, "fp8"):
         return {}
     if wanted == "bitsandbytes-int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}

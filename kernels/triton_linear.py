@@ -1,4 +1,6 @@
-"""x @ weight.T for few rows on a GPU, in Triton, limited by how fast the weights can be read. Reference: `F.linear`.
+"""x @ weight.T for few rows on a GPU, in Triton, limited by how fast the weights can be read.
+
+The reference is `F.linear`; where x and weight are e4m3, `fp8.py`.
 
 Knows tensors only. Two kernels, tilings fixed by the shape alone:
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
+from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
 
 try:
     import triton.language as tl
@@ -30,28 +32,40 @@ FEW_OUTPUTS = 4096
 """Below so many rows of the weight, 64 of them per program would leave most of a large GPU idle."""
 
 
-def max_rows(outputs: int) -> int:
+def max_rows(outputs: int, dtype: torch.dtype) -> int:
     """Rows of x up to which this pays for a weight of so many rows; beyond, cuBLAS is as fast.
 
-    So it is for 2 rows already where 64 rows per program make more programs than a large GPU runs at once, but not
-    many times as many."""
+    So it is for 2 rows of bf16 and fp16 already where 64 rows per program make more programs than a large GPU runs at
+    once, but not many times as many."""
     if outputs < FEW_OUTPUTS:
         return 16
-    return 1 if 264 * 64 < outputs < 1024 * 64 else 32
+    return 1 if 264 * 64 < outputs < 1024 * 64 and dtype.itemsize > 1 else 32
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [R,K], 1 <= R <= `max_rows(N)`, weight [N,K] contiguous, bias [N] or None, of one of bf16 and fp16 -> [R,N];
-    sums in fp32."""
-    assert weight.is_contiguous() and 1 <= x.shape[0] <= max_rows(weight.shape[0])
+def few_rows_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x [R,K], 1 <= R <= `max_rows`, weight [N,K] contiguous, bias [N] or None -> [R,N]; sums in fp32.
+
+    All of one of bf16 and fp16; or x and weight of e4m3, with scales [R] and [N] in fp32, which multiply the sums, and
+    the dtype of the result."""
+    assert weight.is_contiguous() and 1 <= x.shape[0] <= max_rows(weight.shape[0], weight.dtype)
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, k), n = x.shape, weight.shape[0]
-    out = x.new_empty(rows, n)
+    out = x.new_empty(rows, n, dtype=dtype)
+    x_scale, w_scale = (x, x) if scales is None else scales
     early = starts_early(x.device)
-    where = (x, weight, weight if bias is None else bias, out, rows, n, k, x.stride(0))
-    shared = {"BIAS": bias is not None, "EARLY": early} | launch_options(early)
+    where = (x, weight, weight if bias is None else bias, out, x_scale, w_scale, rows, n, k, x.stride(0))
+    shared = {"SCALED": scales is not None, "BIAS": bias is not None, "EARLY": early} | launch_options(early)
+    wide = 16 // weight.element_size()  # numbers in 16 bytes
     if rows == 1 and (k >= 2048 or n < 8192):  # a program with less to read ends before it has paid its start
-        _one_row[(ceil_div(n, 2),)](*where, BLOCK_N=2, BLOCK_K=1024, EVEN=k % 1024 == 0, **shared, num_warps=4)
+        _one_row[(ceil_div(n, 2),)](
+            *where, BLOCK_N=2, VECTOR=wide, BLOCK_K=128 * wide, EVEN=k % (128 * wide) == 0, **shared, num_warps=4
+        )
         return out
     slices = 4 if n < FEW_OUTPUTS else 1
     block_n = 64 // slices
@@ -60,14 +74,55 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         *where,
         ROWS=16 if rows <= 16 else 32,
         BLOCK_N=block_n,
-        BLOCK_K=128,
+        BLOCK_K=16 * wide,
         SLICES=slices,
-        EVEN=k % (128 * slices) == 0,
+        EVEN=k % (16 * wide * slices) == 0,
         **shared,
         num_warps=4,
         num_stages=4 if slices > 1 or programs > 256 else 7,  # bytes on their way: several programs' or one's
     )
     return out
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fp8.round_to_fp8` in one launch: x [R,K] -> e4m3 [R,K], scales [R] fp32."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rounded = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = x.new_empty(len(x), dtype=torch.float32)
+    early = starts_early(x.device)
+    _round[(len(x),)](
+        *(x, rounded, scale, x.shape[1], x.stride(0)),
+        BLOCK=min(8192, next_power_of_2(x.shape[1])),
+        EARLY=early,
+        num_warps=8,
+        **launch_options(early),
+    )
+    return rounded, scale
+
+
+@jit()
+def _round(x, rounded, scale, inputs, x_stride, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, inputs, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(
+            largest, tl.abs(tl.load(x + row * x_stride + k, mask=k < inputs, other=0.0).to(tl.float32))
+        )
+    factor = tl.maximum(
+        tl.div_rn(tl.max(largest, 0) + tl.zeros([1], tl.float32), 448.0 + tl.zeros([1], tl.float32)), 1e-12
+    )
+    tl.store(scale + row + tl.arange(0, 1), factor)
+    for start in range(0, inputs, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        v = tl.load(x + row * x_stride + k, mask=k < inputs, other=0.0).to(tl.float32)
+        v = tl.div_rn(v, tl.zeros_like(v) + factor)
+        v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))
+        tl.store(rounded + row * inputs + k, v.to(rounded.dtype.element_ty), mask=k < inputs)
 
 
 @jit(run_time=("rows",))
@@ -76,24 +131,28 @@ def _one_row(
     weight,
     bias,
     out,
+    x_scale,
+    w_scale,
     rows,
     outputs,
     inputs,
     x_stride,
     BLOCK_N: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BLOCK_N outputs of the one row: every thread multiplies 8 neighbours of K at a time."""
+    """BLOCK_N outputs of the one row: every thread multiplies VECTOR neighbours of K at a time."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    k = tl.arange(0, BLOCK_K // VECTOR)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     base = weight + tl.minimum(n, outputs - 1).to(tl.int64)[:, None, None] * inputs + k
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    acc = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
     for start in range(0, inputs, BLOCK_K):
         if EVEN:
             w = tl.load(base + start, eviction_policy="evict_first")
@@ -103,6 +162,8 @@ def _one_row(
             v = tl.load(x + start + k, mask=start + k < inputs, other=0.0)
         acc += tl.sum(w.to(tl.float32) * v.to(tl.float32), 2)
     result = tl.sum(acc, 1)
+    if SCALED:
+        result *= tl.load(w_scale + n, mask=n < outputs, other=0.0) * tl.load(x_scale)
     if BIAS:
         result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < outputs)
@@ -114,6 +175,8 @@ def _few_rows(
     weight,
     bias,
     out,
+    x_scale,
+    w_scale,
     rows,
     outputs,
     inputs,
@@ -123,6 +186,7 @@ def _few_rows(
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,
     EVEN: tl.constexpr,
+    SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -154,10 +218,19 @@ def _few_rows(
         else:
             w = tl.load(w_at + start, mask=start + w_inside < inputs, other=0.0)
             v = tl.load(x_at + start, mask=real & (start + x_inside < inputs), other=0.0)
-        acc = tl.dot(w, v, acc)
+        if SLICES == 1:
+            # The matrix unit sums e4m3 products with few bits; longer sums than this leave it.
+            acc = tl.dot(w, v, acc, max_num_imprecise_acc=128)
+        elif SCALED:  # every e4m3 number is one of fp16 too
+            acc = tl.dot(w.to(tl.float16), v.to(tl.float16), acc)
+        else:
+            acc = tl.dot(w, v, acc)
     result = acc
     if SLICES > 1:
         result = tl.sum(acc, 0)
+    if SCALED:
+        result *= tl.load(w_scale + n, mask=n < outputs, other=0.0)[:, None]
+        result *= tl.load(x_scale + row, mask=row < rows, other=0.0)[None, :]
     if BIAS:
         result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
     at = out + row[None, :].to(tl.int64) * outputs + n[:, None]

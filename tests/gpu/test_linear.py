@@ -6,7 +6,9 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA", allow_module_level=True)
 
+from ropeway.kernels.fp8 import fp8_linear, round_to_fp8
 from ropeway.kernels.linear import linear
+from ropeway.kernels.triton_linear import round_rows
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128_256, 4096), (1024, 2048), (1024, 3072)]
@@ -59,3 +61,26 @@ def test_in_a_cuda_graph_behind_what_it_reads() -> None:
             results.append(out.clone())
         assert all(torch.equal(result, results[0]) for result in results)
         assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336), (28672, 4096), (1024, 3072), (272, 912)])
+def test_fp8(n: int, k: int) -> None:
+    """Guards the rounding in Triton, the kernels for few rows and torch's for many: all multiply the same numbers."""
+    torch.manual_seed(n)
+    weight, scale = round_to_fp8(torch.randn(n, k, device="cuda", dtype=torch.bfloat16))
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    for rows in (1, 2, 16, 32, 33, 300):
+        x = (
+            torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+            * torch.logspace(-3, 3, rows, device="cuda")[:, None]
+        )
+        x = x.bfloat16()
+        rounded, row_scale = round_to_fp8(x)
+        found, found_scale = round_rows(x)
+        torch.testing.assert_close(found_scale, row_scale, rtol=1e-6, atol=0)
+        assert (found.float() != rounded.float()).float().mean() < 1e-3
+        expected = (found.double() @ weight.double().T) * found_scale[:, None] * scale
+        out = fp8_linear(x, weight, scale).double()
+        assert ((out - expected).norm(dim=1) / expected.norm(dim=1)).max() < 4e-3
+        out, plain = fp8_linear(x, weight, scale, bias).double(), expected + bias
+        assert ((out - plain).norm(dim=1) / plain.norm(dim=1)).max() < 1e-2

@@ -16,7 +16,7 @@ from ropeway.kernels import probe
 from ropeway.kernels.build import build_runner
 from ropeway.kernels.errors import NotEnoughMemory, UnsupportedSetting
 from ropeway.kernels.loader import load_model
-from ropeway.kernels.quantization import KINDS, stored_kind
+from ropeway.kernels.quantization import stored_kind
 from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
@@ -79,7 +79,7 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_tokens_are_those_of_generate(folder: str, kind: str) -> None:
     """Guards the kind (fp4 is transformers' default, not nf4), and rows against their neighbours' outliers."""
     model = quantised(folder, kind)
@@ -107,7 +107,7 @@ def test_compute_dtype_on_a_cpu_with_bf16_units(
     assert packed == ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"} if packs else set())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_sizes_are_those_in_memory(folder: str, kind: str) -> None:
     """Guards the start screen: packed weights must count as what they stand for, and weigh what they weigh."""
     plain, loaded = load_model(folder), load_model(folder, quantization=kind)
@@ -119,7 +119,7 @@ def test_sizes_are_those_in_memory(folder: str, kind: str) -> None:
     assert loaded.weight_bytes == 4 * (plain.num_parameters - inside) + packed + scales
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_wrong_layout_is_still_refused(folder: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the probe's tolerance: wide enough for rounded activations, too narrow for wrong attention."""
     right = probe._batched_logits
