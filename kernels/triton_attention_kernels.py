@@ -296,7 +296,7 @@ def _merge_parts(
     """A short row's partial results, summed in the order of its parts; past the first LIVE pairs there are none."""
     LOG2E: tl.constexpr = 1.4426950408889634
     STATS: tl.constexpr = 2048 // LIVE if LIVE > 32 else 64
-    AT_ONCE: tl.constexpr = 4096 // (LIVE * BLOCK_DV) if LIVE * BLOCK_DV <= 2048 else 2
+    AT_ONCE: tl.constexpr = 8192 // (LIVE * BLOCK_DV) if LIVE * BLOCK_DV <= 1024 else (2 if LIVE <= 16 else 1)
     pair = tl.arange(0, LIVE)
     dim_v = tl.arange(0, BLOCK_DV)
     head = kv_head * GROUP + pair % GROUP
@@ -316,7 +316,7 @@ def _merge_parts(
         peak = new_peak
     origin = tl.where(peak == float("-inf"), 0.0, peak)
     acc = tl.zeros([LIVE, BLOCK_DV], tl.float32)
-    for start in tl.range(0, parts, AT_ONCE, num_stages=3):
+    for start in tl.range(0, parts, AT_ONCE, num_stages=1):
         part = start + tl.arange(0, AT_ONCE)[:, None, None]
         index = first_index + part * KV_HEADS
         there = (part < parts) & real[None, :, None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropeway.kernels.triton_jit import jit
+from ropeway.kernels.triton_jit import ceil_div, jit
 
 try:
     import triton.language as tl
@@ -46,15 +46,16 @@ def make_plan(
     block_n: int,
     window: int | None,
 ) -> Plan:
-    """A plan with about `parts` parts and at least one per row of 1 .. short_query tokens.
+    """A plan with about `parts` parts, and at least one per row of 1 .. short_query tokens.
 
     row_start [B+1], context_len [B], both int32; block_n: keys per tile; window: as in `paged_attention`."""
     rows = context_len.shape[0]
     new = context_len.new_empty
-    plan = Plan(new(rows + parts), new(rows + parts), new(rows + 1), new(1), new(rows * kv_heads))
+    most = rows + max(parts, ceil_div(rows, 2))  # each row may end in a part that is shorter
+    plan = Plan(new(most), new(most), new(rows + 1), new(1), new(rows * kv_heads))
     _plan[(1,)](
         *(row_start, context_len, plan.part_row, plan.part_split, plan.first_part, plan.split_keys, plan.arrived),
-        *(rows, rows + parts, parts, window or 0, kv_heads),
+        *(rows, most, parts, window or 0, kv_heads),
         SHORT_QUERY=short_query,
         BLOCK_N=block_n,
         WINDOW=window is not None,
@@ -89,12 +90,14 @@ def _plan(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Cuts the short rows' keys into about `wanted` parts of equal length, at least one per row, and lists them."""
+    """Cuts the short rows' keys into parts of one length, at least one per row, and lists them."""
     total = tl.zeros([1], tl.int64)
     for start in range(0, rows, 256):
         keys, _ = _keys_of(row_start, context_len, rows, start, window, SHORT_QUERY, BLOCK_N, WINDOW)
         total += tl.sum(keys, 0)
-    length = tl.cdiv(tl.cdiv(total, wanted), BLOCK_N) * BLOCK_N
+    # The same number for rows of the same length; among many rows only those are cut that are twice as long as others.
+    pieces = tl.where(rows * 2 <= wanted, wanted // rows * rows, tl.cdiv(rows, 2))
+    length = tl.cdiv(tl.cdiv(total, pieces), BLOCK_N) * BLOCK_N
     length = tl.maximum(length, BLOCK_N).to(tl.int32)
     tl.store(split_keys + tl.arange(0, 1), length)
     used = 0
