@@ -229,7 +229,7 @@ class LLM:
         seed: int | None = None,
     ) -> GenerationRequest:
         """transformers' words in the server's own. Raises: ApiError 400."""
-        config = self._tokenizer.generation_config if self._settings.generation_config == "auto" else {}
+        config = Presets(self._tokenizer.presets, self._settings.generation_config).defaults
         sample = config.get("do_sample", False) if do_sample is None else do_sample
         given = SamplingFields.parse(
             {

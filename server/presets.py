@@ -90,6 +90,11 @@ class Presets:
         lengths = [_pop_lengths(layer) for layer in self._layers]
         self._lengths = next(filter(None, lengths), {})
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the files say together."""
+        return {name: value for layer in reversed(self._layers) for name, value in layer.items()}
+
     def completion_tokens(self, prompt_tokens: int, default: int = COMPLETION_TOKENS) -> int:
         """Output tokens of a completion that does not say how many it wants; `default` if no file does either."""
         asked = SamplingFields(**self._lengths).most_tokens(prompt_tokens)

@@ -44,6 +44,7 @@ def test_layers() -> None:
     fields = fill(body, model, files=files, chosen="warm")
     assert (fields.temperature, fields.top_p, fields.top_k, fields.min_p) == (1.5, 0.7, 7, 0.2)
     assert fill({}, model, files=files, chosen="none").top_p is None
+    assert Presets({DEFAULT_FILE: model} | files, "warm").defaults == model | files["warm.json"]
 
 
 @pytest.mark.parametrize(
