@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import socket
 import statistics
@@ -37,12 +36,11 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from http_load import documents
+from about import about
+from http_load import documents, span
 from make_model import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
-
-from ropeway import __version__
 
 SHAPE = "llama-125m"
 START_LIMIT_S = 180.0
@@ -130,8 +128,6 @@ def ask_over_http(port: int, load: Load, more: dict[str, Any]) -> list[str]:
         parts = []
         tokens = 0
         async for document in documents("127.0.0.1", port, body):
-            if "error" in document:
-                raise RuntimeError(document["error"])
             parts += [choice["text"] for choice in document["choices"]]
             tokens = (document.get("usage") or {}).get("completion_tokens", tokens)
         if tokens != load.max_tokens:
@@ -220,13 +216,15 @@ def contenders(folder: Path, without: list[str], stack: ExitStack) -> Iterator[C
         print(f'{SERVE} is left out: pip install "transformers[serving]"', file=sys.stderr)
         return
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder)]
-    command += ["--continuous-batching", "--device", "cpu", "--cb-num-blocks", str(BLOCKS)]
+    command += ["--continuous-batching", "--device", "cpu"]
+    command += ["--cb-num-blocks", str(BLOCKS), "--cb-max-batch-tokens", str(BATCH_TOKENS)]
     yield stack.enter_context(server(SERVE, command, "/health", {"model": str(folder)}))
 
 
 USAGE = {"stream_options": {"include_usage": True}}
-BLOCKS = 128
-"""Of 256 tokens each, for transformers' cache: more than 32 requests need; by default it takes most of the memory."""
+BLOCKS, BATCH_TOKENS = 128, 2048
+"""For transformers' cache: more blocks of 256 tokens than 32 requests need, and Ropeway's default. Left to itself it
+sizes both so that they take most of the machine's memory, and spends minutes on filling it."""
 
 
 # ---- the figures ----
@@ -256,29 +254,6 @@ def line(contender: Contender, others: list[Contender], load: Load) -> dict[str,
     }
 
 
-def machine() -> dict[str, Any]:
-    """Hardware and versions."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    return {
-        "cpu": model,
-        "cores": psutil.cpu_count(logical=False),
-        "vectors": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ropeway": __version__,
-        "command": " ".join(sys.argv),
-    }
-
-
-def span(text: str) -> tuple[int, int]:
-    """ "128" -> (128, 128); "8:256" -> (8, 256)."""
-    low, _, high = text.partition(":")
-    return int(low), int(high or low)
-
-
 def main() -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -304,7 +279,7 @@ def main() -> int:
                     contender.runs.append(run)
             field.append(field.pop(0))
         for contender in sorted(field, key=lambda contender: contender.name):
-            print(json.dumps(line(contender, field, load) | machine()), flush=True)
+            print(json.dumps(line(contender, field, load) | about()), flush=True)
     return 0
 
 
