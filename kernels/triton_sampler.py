@@ -5,12 +5,12 @@ device; the host, which knows what each row needs, only decides which launches a
 
     process      bias, penalties and bans, into a copy of the logits             rows that need one of these
     find_peaks   largest score of every chunk of the vocabulary                  always
-    draw         scores + noise, and the largest of every chunk                  rows with a temperature
-    choose       a row's token: of the largest chunk, or after top-k/top-p/min-p always
+    draw         largest score + noise of every chunk                            rows with a temperature, no top-k
+    choose       a row's token: of the largest chunk, or after top-k and top-p   always
 
 There are three kinds of batches, each a superset of the one before, so that few kernels are compiled: `greedy`,
 `drawn` and `processed`. A row's result depends on its own logits, parameters and position alone: chunks have one size,
-and a row that is filtered is walked through by one program.
+and what top-k and top-p may keep of a row is looked through by one program.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ from ropeway.kernels.triton_sampler_kernels import choose, draw, find_peaks, pro
 
 BLOCK = 4096
 """Tokens per chunk."""
+GROUP = 64
+"""Tokens per group."""
 
 Kind = Literal["greedy", "drawn", "processed"]
 KINDS: tuple[Kind, ...] = ("greedy", "drawn", "processed")
@@ -82,22 +84,29 @@ class TritonSampler(Sampler):
         if bans:
             at = upload(torch.tensor(bans).T.contiguous(), logits.device)
             scores.index_put_((at[0], at[1]), scores.new_full((), -torch.inf))
-        find_peaks[(rows, chunks)](scores, peaks, peak_ids, vocabulary, BLOCK=BLOCK)
-        cut = {"FILTERED": drawn, "CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK}
+        group_peaks = logits.new_empty(rows, chunks * (BLOCK // GROUP) if drawn else 0, dtype=torch.float32)
+        find_peaks[(rows, chunks)](
+            scores, peaks, peak_ids, group_peaks, vocabulary, GROUPS=drawn, GROUP=GROUP, BLOCK=BLOCK
+        )
+        cut = {"CHUNKS": chunks, "CHUNKS_2": next_power_of_2(chunks), "BLOCK": BLOCK, "FAST": logits.is_cuda}
         filters = (state.top_k, state.top_p, state.min_p, vocabulary, SMALLEST_TEMPERATURE)
-        scaled, noisy = (logits.new_empty(*(logits.shape if drawn else (1, 1)), dtype=torch.float32) for _ in range(2))
+        weights = torch.empty_like(peaks)
         if drawn:
             draw[(rows, chunks)](
-                *(scores, peaks, drawn_peaks, drawn_ids, scaled, noisy, slots, positions),
+                *(scores, peaks, drawn_peaks, drawn_ids, weights, slots, positions),
                 *(state.temperature, state.seed, *filters),
                 **cut,
+                num_warps=8,
             )
         choose[(rows,)](
-            *(scaled, noisy, peaks, peak_ids, raw_peaks, drawn_peaks, drawn_ids),
-            *(lines.token_ids, lines.finite.view(torch.int8), slots, flags, history, state.temperature, *filters),
+            *(scores, peaks, peak_ids, raw_peaks, drawn_peaks, drawn_ids, weights),
+            *(group_peaks, torch.empty_like(group_peaks, dtype=torch.int32)),
+            *(lines.token_ids, lines.finite.view(torch.int8), slots, flags, positions, history),
+            *(state.temperature, state.seed, *filters),
             PROCESSED=processed,
             DRAWN=drawn,
             PENALTIES=processed,
+            GROUP=GROUP,
             **cut,
             num_warps=32 if drawn else 1,
         )
