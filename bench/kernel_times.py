@@ -1,6 +1,7 @@
 """Times the Triton kernels alone on one GPU: one JSON line per case, then a short table.
 
     python bench/kernel_times.py                 # as they are
+    python bench/kernel_times.py --only linear   # one of attention, linear, cache, sampler
     python bench/kernel_times.py --tune          # attention over a handful of tilings, the best per case
 
 Every case is captured in a CUDA graph that goes through several layers' pools, larger together than the L2 cache, on
@@ -12,7 +13,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,8 @@ import torch
 import triton
 
 from ropeway.kernels import triton_attention
+from ropeway.kernels.fp8 import fp8_linear, round_to_fp8
+from ropeway.kernels.linear import linear
 from ropeway.kernels.sampler import Lines, Sampler
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.sampling_state import FLAGS, SamplingState
@@ -45,6 +48,19 @@ DECODE = [
     (256, 512),
     (256, 2048),
 ]
+WEIGHTS = {
+    "8B qkv": (6144, 4096),
+    "8B o": (4096, 4096),
+    "8B gate+up": (28672, 4096),
+    "8B down": (4096, 14336),
+    "8B head": (VOCABULARY, 4096),
+    "0.6B qkv": (4096, 1024),
+    "0.6B o": (1024, 2048),
+    "0.6B gate+up": (6144, 1024),
+    "0.6B down": (1024, 3072),
+    "0.6B head": (151_936, 1024),
+}
+"""Llama-3.1-8B's and Qwen3-0.6B's, projections of one input merged: outputs x inputs."""
 CHUNKS = [(2048, 2048), (8192, 8192), (512, 8192), (64, 8192)]
 """(tokens of the chunk, context after it)."""
 SHORT_TILINGS = [
@@ -130,8 +146,9 @@ class Attention:
         """Of one layer."""
 
         def layers() -> None:
+            rows = replace(self.rows)  # a step's own, with a plan that its first layer makes
             for k_pool, v_pool in self.pools:
-                paged_attention(self.q, k_pool, v_pool, self.rows, scale=HEAD**-0.5)
+                paged_attention(self.q, k_pool, v_pool, rows, scale=HEAD**-0.5)
 
         return graph_seconds(layers) / len(self.pools)
 
@@ -223,6 +240,29 @@ def time_attention(report: Report, storage: torch.Tensor) -> None:
         report.add(f"torch sdpa, not paged, KV expanded, {n}", seconds, TFLOPs=round(flops / seconds / 1e12))
 
 
+def time_linear(report: Report, storage: torch.Tensor) -> None:
+    """Over several weights of one shape, larger together than the L2 cache; beside cuBLAS, and with FP8 weights."""
+    for (name, (n, k)), rows in product(WEIGHTS.items(), (1, 2, 8, 16, 32, 64)):
+        count = max(2, min(100, 200_000_000 // (n * k)))
+        weights = list(storage[: count * n * k].view(count, n, k)) * max(1, 12 // count)
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+
+        def times(
+            multiply: Callable[..., torch.Tensor],
+            weights: Sequence[Any],
+            x: torch.Tensor = x,
+            number: int = len(weights),
+        ) -> float:
+            return graph_seconds(lambda: [multiply(x, weight) for weight in weights]) / number
+
+        seconds, cublas = times(linear, weights), times(torch.nn.functional.linear, weights)
+        figures = {"GBps": round(2 * n * k / seconds / 1e9), "torch_us": round(cublas * 1e6, 1)}
+        if n < 100_000:
+            rounded = [round_to_fp8(weight) for weight in weights[:count]] * (len(weights) // count)
+            figures["fp8_us"] = round(times(lambda x, w: fp8_linear(x, *w), rounded) * 1e6, 1)
+        report.add(f"linear {name} {n}x{k}, {rows} rows", seconds, **figures)
+
+
 def time_cache(report: Report) -> None:
     for tokens in (1, 64, 256, 2048):
         pools = [torch.zeros(4096, BLOCK_SIZE, KV_HEADS, HEAD, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -283,6 +323,7 @@ def time_sampler(report: Report) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times the Triton kernels.")
     parser.add_argument("--tune", action="store_true", help="attention over a handful of tilings")
+    parser.add_argument("--only", choices=("attention", "linear", "cache", "sampler"), help="one kind of kernels")
     arguments = parser.parse_args()
     storage = torch.empty(1 << 31, device="cuda", dtype=torch.bfloat16)
     for part in storage.split(1 << 28):
@@ -294,12 +335,21 @@ def main() -> None:
     report.add("copy", seconds, GBps=round(report.copy_bandwidth))
     if arguments.tune:
         tune(storage)
-    time_attention(report, storage)
-    time_cache(report)
-    time_sampler(report)
+    kinds: dict[str, Callable[[], None]] = {
+        "attention": lambda: time_attention(report, storage),
+        "linear": lambda: time_linear(report, storage),
+        "cache": lambda: time_cache(report),
+        "sampler": lambda: time_sampler(report),
+    }
+    for name, time_kind in kinds.items():
+        if arguments.only in (None, name):
+            time_kind()
     for line in report.cases:
         print(
-            *(line.get(name, "") for name in ("case", "us", "GBps", "of_copy", "TFLOPs", "eager_us", "torch_us")),
+            *(
+                line.get(name, "")
+                for name in ("case", "us", "GBps", "of_copy", "TFLOPs", "eager_us", "torch_us", "fp8_us")
+            ),
             sep="\t",
         )
 
