@@ -113,7 +113,7 @@ class Settings:
     load_format: Literal["auto", "safetensors", "dummy"] = flag(
         "auto", MODEL, "weights to read; dummy makes random ones, for benchmarks"
     )
-    quantization: Literal["bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8"] | None = flag(
+    quantization: Literal["fp8", "bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8"] | None = flag(
         None, MODEL, "weights in 4 or 8 bits; a model that is stored so needs no flag"
     )
     device_map: Literal["none", "auto"] = flag(
