@@ -3,7 +3,7 @@
 import torch
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.sampling_state import SamplingState
+from ropeway.kernels.sampling_state import BIASED, DRAWN, PENALISED, SamplingState
 from ropeway.kernels.step import RowState
 
 V = 10
@@ -99,3 +99,21 @@ def test_needs_say_what_a_row_costs() -> None:
         assert plain != needs(params), params
     state.join([row(0, SamplingParams(min_tokens=2, stop_token_ids=(4,)), [1, 2, 3])])
     assert state.needs[0] is not None and state.needs[0].ban_stop_until == 5
+
+
+def test_the_host_knows_what_a_slot_needs_now() -> None:
+    """Guards a plain row in the slot of one with penalties: it would be penalised for what the other said."""
+    state = SamplingState(2, V, CPU)
+    params = SamplingParams(presence_penalty=1.0, logit_bias={1: 1.0}, logprobs=0, min_tokens=4, stop_token_ids=(1,))
+    state.join([row(1, params, [1, 2])])
+    assert (state.work[1], state.ban_stop_until[1], state.wants_logprobs[1]) == (BIASED | PENALISED | DRAWN, 6, True)
+    state.join([row(1, SamplingParams(temperature=0.0))])
+    assert (state.work[1], state.ban_stop_until[1], state.wants_logprobs[1]) == (0, 0, False)
+
+
+def test_the_spare_slot_is_greedy_and_plain() -> None:
+    """Guards pads: drawing, filtering or penalising for them costs time, and counts tokens that nobody said."""
+    state = SamplingState(2, V, CPU)
+    state.join([row(slot, SamplingParams(top_k=3, presence_penalty=1.0), [1]) for slot in range(2)])
+    assert state.spare == 2
+    assert (state.temperature[2], state.top_k[2], state.top_p[2], state.work[2]) == (0, 0, 1, 0)
