@@ -8,6 +8,8 @@ decodes has to read all weights anyway.
 
 While prompt tokens hide behind that reading, m is nearly 0 and says nothing about a larger n. So m is taken as at least
 half of w, the least that a whole step ever cost per prompt token: n grows at most threefold from one step to the next.
+And as at most twice w: what is dear about a mixed step whatever its n, a missing CUDA graph for example, must not make
+n small.
 
 Pure arithmetic. Knows no rows and no clock: the caller measures.
 """
@@ -24,7 +26,7 @@ WEIGHT = 0.25
 """Of the newest measurement in the means."""
 OUTLIER = 2.0
 """A measurement counts as at most so many times the mean: a kernel that was compiled is no trend."""
-DRIFT = 1.01
+DRIFT = 1.002
 """The least cost per token is forgotten by so much per step: contexts grow."""
 
 
@@ -47,7 +49,8 @@ class Pace:
             return 0
         if self._decode is None or self._whole is None:
             return FLOOR
-        per_token = max(self._whole if self._beside is None else self._beside, self._whole / 2)
+        beside = self._whole if self._beside is None else self._beside
+        per_token = min(max(beside, self._whole / 2), 2 * self._whole)
         return max(FLOOR, int((STRETCH - 1) * self._decode / per_token))
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:

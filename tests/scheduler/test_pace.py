@@ -92,3 +92,13 @@ def test_prompts_always_end() -> None:
     seen = drive(pace, lambda tokens: DECODE + tokens, 3 * PROBE_STEPS)
     assert sorted({tokens for tokens, _ in seen}) == [0, FLOOR]
     assert sum(tokens == 0 for tokens, _ in seen) == 3
+
+
+def test_what_every_mixed_step_costs_makes_no_small_pieces() -> None:
+    """Guards against a collapse: steps without a CUDA graph took 20 ms more whatever was in them, so the pieces became
+    smaller, and so dearer, until a prompt came 16 tokens at a time."""
+    pace = Pace()
+    pace.observe(0, 8000, TOKEN * 8000)
+    pace.observe(48, 0, DECODE)
+    seen = drive(pace, lambda tokens: additive(tokens) + 0.02 * (tokens > 0), 100)
+    assert min(tokens for tokens, _ in seen if tokens) > 90
