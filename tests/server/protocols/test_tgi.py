@@ -60,6 +60,8 @@ async def test_stream(sizes: tuple[int, ...]) -> None:
     events = documents(wire)
     assert [event["token"]["id"] for event in events] == ids(TEXTS[0])
     assert [event["index"] for event in events] == list(range(1, len(events) + 1))
+    details = json.loads((await ask(Server(rows()), "/generate", details=True)).body)["details"]
+    assert [event["token"] for event in events] == details["tokens"]
     assert "".join(event["token"]["text"] for event in events) == TEXTS[0]
     assert all(event["generated_text"] is None and event["details"] is None for event in events[:-1])
     assert events[-1]["generated_text"] == "Hello" + TEXTS[0]
