@@ -28,7 +28,7 @@ LARGEST_MIXED = 2048
 """Tokens. Larger steps take the device longer than Python takes to launch their kernels."""
 WASTE = 2
 """A step takes the next larger captured size if that is at most so many times as large as the one it should have."""
-PATIENCE = 16
+PATIENCE = 4
 """Steps that do without a size before it is captured between two steps."""
 
 Launches = Callable[[], None]

@@ -16,6 +16,7 @@ from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
+from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.scheduler import Limits, Scheduler
 
 ROWS = 7
@@ -37,6 +38,13 @@ class TrueLengths:
 
     def computed_slots(self, batch: LeftPaddedBatch) -> int:
         return self._forward.computed_slots(batch)
+
+
+class SteadyPace(Pace):
+    """Chunks whose sizes depend on no measured time, so that every run has the same steps."""
+
+    def observe(self, *measured: object) -> None:
+        """Learns nothing."""
 
 
 def repeat(launches: Launches) -> Launches:
@@ -74,6 +82,7 @@ def run(runner: ModelRunner, arrivals: dict[int, list[AddRequest]], between: Cal
     """(request, choice) -> tokens, with lag 1; some requests are aborted. `between` is called before every step."""
     limits = Limits(ROWS, CHUNK, MAX_LEN)
     engine = Engine(Scheduler(limits, BlockPool(NUM_BLOCKS, BLOCK_SIZE)), runner, 1)
+    engine.scheduler.pace = SteadyPace()
     tokens: dict[tuple[int, int], list[object]] = {}
     step = 0
     while engine.has_work or step <= max(arrivals):
