@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.client import EngineClient, EngineFailed
 from ropeway.scheduler.process_metrics import ProcessMetrics
-from ropeway.scheduler.processes import WorkerContext
+from ropeway.scheduler.processes import WorkerContext, calm_gc
 from ropeway.server.acceptor import Acceptor
 from ropeway.server.admission import Admission
 from ropeway.server.app import create_app
@@ -126,6 +126,7 @@ async def load(services: Services, table: AdmissionTable, line: int) -> None:
     """Waits for the engine, then loads what the routes need. An engine that never comes ends the server elsewhere."""
     with contextlib.suppress(EngineFailed):
         await services.load(await services.client.wait_ready())
+        calm_gc()
         table.add(line, Column.LOADED, 1)
 
 
