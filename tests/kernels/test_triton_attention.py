@@ -99,7 +99,7 @@ def test_rows_of_padding_give_zeros(
 def test_more_parts_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a long context alone: its parts are merged some at a time, each lot relative to a peak of its own."""
     monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", 100)
-    case = make_ragged([(1600, 1)], heads=(2, 1), head_sizes=(16, 16), seed=8, device=DEVICE)
+    case = make_ragged([(1600, 1)], heads=(8, 1), head_sizes=(16, 16), seed=8, device=DEVICE)
     case.q *= 3
     assert relative_error(attend(case, scale=1.0), case.reference(scale=1.0)) < 1e-5
 
