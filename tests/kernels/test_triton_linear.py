@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from ropeway.kernels import triton_linear
-from ropeway.kernels.triton_linear import few_rows_linear
+from ropeway.kernels.fp8 import round_to_fp8
+from ropeway.kernels.triton_linear import few_rows_linear, round_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,3 +69,19 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     others = [0, 1, 2, 4, 5, 6, 7, 8]
     assert out[3].isnan().all() and torch.equal(out[others], expected[others])
     assert torch.equal(few_rows_linear(x[:2], weight, None), expected[:2])
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 80), (5, 80), (3, 200)])
+def test_fp8(rows: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards rounding and scales, in every kernel: the numbers that `fp8.py` multiplies on the CPU."""
+    monkeypatch.setattr(triton_linear, "FEW_OUTPUTS", 100)
+    x, weight, bias = (part.float() for part in case(rows, n, 272))
+    x *= torch.logspace(-2, 2, rows, device=DEVICE)[:, None]
+    rounded, scale = round_to_fp8(weight)
+    found, found_scale = round_rows(x)
+    expected, expected_scale = round_to_fp8(x)
+    torch.testing.assert_close(found_scale, expected_scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=2**-9)  # the interpreter's ties differ
+    out = few_rows_linear(found, rounded, bias, scales=(found_scale, scale), dtype=torch.float32)
+    right = found.float() @ rounded.float().T * found_scale[:, None] * scale + bias
+    torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-3)
