@@ -12,7 +12,6 @@ next may overwrite.
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ LARGEST_MIXED = 2048
 """Tokens. Larger steps take the device longer than Python takes to launch their kernels."""
 WASTE = 2
 """A step takes the next larger captured size if that is at most so many times as large as the one it should have."""
-PATIENCE = 4
-"""Steps that do without a size before it is captured between two steps."""
 
 Launches = Callable[[], None]
 
@@ -114,18 +111,12 @@ class StepGraphs:
         self.refusal: str | None = None
         """Why there are no more of them, if a capture has failed: the library's words."""
         self._capture = capture
-        self._missed: Counter[Size] = Counter()
 
     def find(self, size: Size) -> StepGraph | None:
         """The graph that a step of this size should take; None = none, it runs plainly."""
         wanted = _fitting(size, self.sizes)
-        if wanted is None:
-            return None
-        if wanted in self.captured:
-            return self.captured[wanted]
-        self._missed[wanted] += 1
-        if self._missed[wanted] == PATIENCE:
-            self.add(wanted)
+        if wanted is None or wanted in self.captured:
+            return None if wanted is None else self.captured[wanted]
         instead = _fitting(size, sorted(self.captured))
         return None if instead is None or instead.tokens > WASTE * wanted.tokens else self.captured[instead]
 
@@ -171,7 +162,7 @@ def decode_sizes(max_rows: int) -> list[Size]:
 
 
 def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
-    """128 tokens and more in steps of at most a half, each for few, some and all rows.
+    """128 tokens and more in steps of at most a half, each for some and for all rows.
 
     With all of max_rows there is one row more, for the pads."""
     counts: list[int] = []
@@ -179,20 +170,17 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
     while tokens <= LARGEST_MIXED and (not counts or counts[-1] < max_tokens):
         counts.append(tokens)
         tokens += max(64, 1 << (tokens.bit_length() - 3))
-    rows = [count for count in (16, 64) if count <= max_rows] + [max_rows + 1]
+    rows = [count for count in (64, 256) if count < max_rows] + [max_rows + 1]
     return [Size(tokens, count) for tokens in counts for count in rows if count < tokens]
 
 
 def first_sizes(sizes: Sequence[Size]) -> list[Size]:
-    """Those without which a server is slow, the largest first: decode steps of every power of two and of all rows,
-    mixed ones of every power of two with room for rows of 16 tokens."""
+    """Those without which a server is slow, the largest first: all mixed ones, and decode steps of every power of two
+    and of all rows. In a decode step a pad costs little; a mixed step without a graph takes Python 20 ms, and there is
+    no next larger size for it among few."""
     decode = [size for size in sizes if size.tokens == size.rows]
-    mixed = [size for size in sizes if size.tokens > size.rows]
-    first = {size for size in decode if _is_power_of_two(size.rows)} | {max(decode)}
-    for tokens in filter(_is_power_of_two, {size.tokens for size in mixed}):
-        same = sorted(size for size in mixed if size.tokens == tokens)
-        first.add(next((size for size in same if size.rows * 16 >= tokens), same[-1]))
-    return sorted(first, reverse=True)
+    first = [size for size in decode if size == max(decode) or _is_power_of_two(size.rows)]
+    return sorted(first + [size for size in sizes if size.tokens > size.rows], reverse=True)
 
 
 def _is_power_of_two(number: int) -> bool:

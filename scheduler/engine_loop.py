@@ -66,7 +66,6 @@ class EngineLoop:
         self._next_beat = 0.0
         self._seen = StepStats()
         self._busy = False  # whether the gauges tell of rows
-        self._preparing = True  # whether the runner may have work for idle moments
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
@@ -91,7 +90,7 @@ class EngineLoop:
         now = time.monotonic()
         if now >= self._next_beat:
             self._beat(now)
-        timeout = 0 if self._engine.has_work or self._preparing else max(1, int((self._next_beat - now) * 1000))
+        timeout = 0 if self._engine.has_work else max(1, int((self._next_beat - now) * 1000))
         if not self._poller.poll(timeout):
             return True
         for worker, link in self._links.items():
@@ -126,8 +125,6 @@ class EngineLoop:
             for worker, rows in self._engine.step(time.monotonic()).items():
                 self._send(worker, StepOutputs(self._context.generation, rows))
             self._record()
-        else:
-            self._preparing = self._engine.runner.idle_work()
         if self._busy and not self._engine.has_work:  # the last row ended in this step, or was aborted before it
             self._busy = False
             self._metrics.idle()
@@ -176,6 +173,8 @@ class EngineLoop:
         )
         send_control(self._context.control, beat)
         self._process_metrics.update()
+        if not self._engine.has_work:  # no more often: the next request may come while it lasts
+            self._engine.runner.idle_work()
         self._next_beat = now + HEARTBEAT_SECONDS
 
     def _record(self) -> None:

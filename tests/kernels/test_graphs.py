@@ -9,7 +9,6 @@ from ragged_steps import BLOCK_SIZE, CPU
 from replayed import CHUNK, NUM_BLOCKS, ROWS, TrueLengths, repeat, requests, run
 
 from ropeway.kernels.graphs import (
-    PATIENCE,
     StepGraph,
     StepGraphs,
     Uncapturable,
@@ -110,16 +109,14 @@ def test_a_step_takes_the_smallest_size_with_room() -> None:
 
 
 def test_a_missing_size_is_made_up_for() -> None:
-    """Guards busy servers, which are never idle: the next larger size serves, unless it wastes too much; a size that is
-    missed again and again is captured all the same."""
+    """Guards servers that have just started: the next larger size serves, unless it wastes too much."""
     graphs = make_graphs([Size(4, 4), Size(8, 8), Size(32, 32)])
+    graphs.add(Size(32, 32))
+    assert graphs.find(Size(3, 3)) is None
     graphs.add(Size(8, 8))
-    graphs.add(Size(32, 32))
-    found = [graphs.find(Size(3, 3)) for _ in range(PATIENCE)]
-    assert [graph and graph.size.rows for graph in found] == [8] * (PATIENCE - 1) + [4]
-    graphs = make_graphs([Size(4, 4), Size(32, 32)])
-    graphs.add(Size(32, 32))
-    assert [graphs.find(Size(3, 3)) is None for _ in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
+    assert graphs.find(Size(3, 3)) is graphs.captured[Size(8, 8)]
+    graphs.add(Size(4, 4))
+    assert graphs.find(Size(3, 3)) is graphs.captured[Size(4, 4)]
 
 
 def test_what_cannot_be_captured_is_tried_once() -> None:
@@ -153,4 +150,9 @@ def test_sizes(rows: int, tokens: int) -> None:
             graph = graphs.find(Size(count, rows))
             assert graph and graph.size.tokens <= max(count * 1.5, 256), (count, graph)
     first = first_sizes(sizes)
-    assert first == sorted(first, reverse=True) and {Size(1, 1), Size(rows, rows)} <= set(first)
+    assert first == sorted(first, reverse=True)
+    early = make_graphs(sizes)
+    for size in first:
+        early.add(size)
+    for size in sizes:
+        assert early.find(size), "a step that finds no graph before the first idle moment"
