@@ -11,6 +11,9 @@ half of w, the least that a whole step ever cost per prompt token: n grows at mo
 And as at most twice w: what is dear about a mixed step whatever its n, a missing CUDA graph for example, must not make
 n small.
 
+Where more rows wait for their first token than decode, as after a start or a burst, the many count as the few do: n is
+larger by their ratio. A batch would otherwise never fill: its first rows would end before its last ones began.
+
 Pure arithmetic. Knows no rows and no clock: the caller measures.
 """
 
@@ -52,6 +55,10 @@ class Pace:
         beside = self._whole if self._beside is None else self._beside
         per_token = min(max(beside, self._whole / 2), 2 * self._whole)
         return max(FLOOR, int((STRETCH - 1) * self._decode / per_token))
+
+    def share_beside(self, decoding: int, waiting: int) -> int:
+        """`share`, where so many rows decode and so many wait for their first token and could have a place."""
+        return self.share * max(decoding, waiting) // max(decoding, 1)
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
         """A step was measured.

@@ -146,7 +146,8 @@ class Scheduler:
             (decoding if row.num_pending == 1 else chunks).append(row)
         for row in decoding:
             self._carry_on(row, draft)
-        draft.limit(self.pace.share)
+        waiting = len(chunks) + min(len(self.waiting), len(self._free_slots))
+        draft.limit(self.pace.share_beside(len(decoding), waiting))
         for row in chunks:
             self._carry_on(row, draft)
         self._admit_waiting(draft)

@@ -102,3 +102,13 @@ def test_what_every_mixed_step_costs_makes_no_small_pieces() -> None:
     pace.observe(48, 0, DECODE)
     seen = drive(pace, lambda tokens: additive(tokens) + 0.02 * (tokens > 0), 100)
     assert min(tokens for tokens, _ in seen if tokens) > 90
+
+
+def test_many_who_wait_count_as_few_who_decode() -> None:
+    """Guards starts and bursts: 31 rows that decode must not keep 225 prompts waiting until they have ended. One long
+    prompt beside many rows gains nothing."""
+    pace = Pace()
+    drive(pace, additive, 60)
+    assert pace.share_beside(48, 2) == pace.share_beside(48, 48) == pace.share
+    assert pace.share_beside(32, 224) == 7 * pace.share
+    assert pace.share_beside(0, 5) >= pace.share

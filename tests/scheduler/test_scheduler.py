@@ -311,13 +311,14 @@ def test_a_resumed_row_that_had_ended_just_ends(output_ids: list[int], reason: s
 
 
 class FixedPace(Pace):
-    """Lets so many prompt tokens ride along."""
+    """Lets so many prompt tokens ride along, per waiting row where more rows wait than decode."""
 
-    share = 40
+    share = 20
 
 
 def test_a_long_prompt_rides_along_in_small_pieces() -> None:
-    """Guards ITL: beside rows that decode a prompt gets its share only, and the plan says so; alone it gets all."""
+    """Guards ITL: beside a row that decodes two prompts get their shares only, and the plan says so; alone they get
+    all."""
     desk = Desk(tokens=1000, context=1000, blocks=300)
     desk.scheduler.pace = FixedPace()
     desk.add(1, prompt=100, max_tokens=4)
