@@ -1,4 +1,9 @@
-"""Why a model cannot be served. Every message is one sentence for the person who started the server."""
+"""What can go wrong, in one sentence: a model that cannot be served, for the person who started the server; a row's
+edit, for the client.
+"""
+
+MAX_ERROR = 500
+"""Characters of an edit's error that reach the client."""
 
 
 class LoadError(Exception):
@@ -23,3 +28,7 @@ class UnsupportedSetting(LoadError):
 
 class NotEnoughMemory(LoadError):
     """Weights or KV cache do not fit."""
+
+
+class EditError(Exception):
+    """A row's scores could not be edited; the message is one sentence for the client, whose row ends with it."""

@@ -6,6 +6,8 @@ order:
 
     joins | inputs | block copies | forward | sampler | results to the host
 
+Edits of rows run on the host in the sampler's launch, while the device computes the forward.
+
 On a GPU, packed, forward and sampler are replays of CUDA graphs where there is one of about the step's size; else they
 are launched kernel by kernel.
 """
@@ -79,6 +81,7 @@ class Flight:
             self._logprobs(),
             computed_slots=self.computed_slots,
             host_gap_seconds=0.0 if self.before is None else self.clock.idle_since(self.before),
+            errors=self.sampled.errors,
         )
 
     def _logprobs(self) -> dict[int, TokenLogprobs]:
@@ -143,7 +146,7 @@ class ModelRunner:
         self._pool.copy_blocks(staged.copies)
         clock = _Clock.on(self._device)
         clock.mark(0)
-        lines = self._staging.lines(staged.tensors, staged.sample_slots, staged.sample_positions)
+        lines = self._staging.lines(staged)
         if graph is None:
             batch = self._plain_batch(staged)
             sampled = self._sampler.sample_lines(self._forward(batch), lines)
@@ -202,8 +205,8 @@ class ModelRunner:
             return host.copy_(result, non_blocking=True)
 
         logprobs = (sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
-        more = [None if result is None else copy(result) for result in logprobs]
-        return Sampled(copy(sampled.token_ids), copy(sampled.finite), *more)
+        chosen, top_ids, top = (None if result is None else copy(result) for result in logprobs)
+        return Sampled(copy(sampled.token_ids), copy(sampled.finite), chosen, top_ids, top, sampled.errors)
 
     def _replay(self, graph: StepGraph, lines: Lines) -> Sampled:
         """Forward and sampler; lines that no captured kind covers are sampled plainly."""
@@ -224,7 +227,7 @@ class ModelRunner:
         unread = self._staging.last_ids.clone()
         columns = Columns.of([])
         staged = self._staging.stage(StepInput([]), columns, size)
-        lines = self._staging.lines(staged.tensors, staged.sample_slots, staged.sample_positions)
+        lines = self._staging.lines(staged)
         logits = self._logits[: size.rows]
         query_lens = (size.tokens - size.rows + 1,) + (1,) * (size.rows - 1)
 

@@ -4,18 +4,21 @@ Everything that decides a row's token looks at that row alone. Knows no sequence
 in `SamplingState`. Reductions over a row are maxima, softmax, sorting or integer sums, whose result does not depend on
 how many rows there are.
 
-The order is transformers' (`GenerationMixin._get_logits_processor`): bias, penalties, bans, temperature, top-k,
-top-p, min-p. A token is drawn by adding `noise.gumbel` and taking the largest.
+The order is transformers' (`GenerationMixin._get_logits_processor`): bias, penalties, bans, the row's own edit,
+temperature, top-k, top-p, min-p. A token is drawn by adding `noise.gumbel` and taking the largest.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
+from ropeway.kernels.errors import MAX_ERROR, EditError
 from ropeway.kernels.noise import gumbel
 from ropeway.kernels.sampling_state import Needs, SamplingState
+from ropeway.kernels.step import Edit
 
 Filter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(scores [R, V] fp32, slots [R] int64) -> scores [R, V]."""
@@ -29,13 +32,15 @@ class Sampled:
     """[L] int64; a valid id in any case."""
     finite: torch.Tensor
     """[L] bool: False where the row must end with an error, because its logits hold NaN or +inf or nothing but -inf,
-    or because the row's own bias, allowed ids and min_tokens together ban every token: no ban is ever ignored."""
+    or because the row's own bias, allowed ids, min_tokens and edit together ban every token: no ban is ever ignored."""
     logprobs: torch.Tensor | None = None
     """[L] fp32, of the chosen id; None if no row asked, undefined in rows that did not."""
     top_ids: torch.Tensor | None = None
     """[L, K] int64, most likely first, equals by lower id; K = the most that a row asked for, None if that is 0."""
     top_logprobs: torch.Tensor | None = None
     """[L, K] fp32."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Line -> why its edit failed; what was sampled there means nothing."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,6 +64,10 @@ class Lines:
     """[L] int64, written by the sampler."""
     finite: torch.Tensor
     """[L] bool, written by the sampler."""
+    edits: Mapping[int, Edit] = field(default_factory=dict)
+    """Line -> what changes its scores."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Line -> why its edit failed, written by the sampler."""
 
 
 class Sampler:
@@ -70,12 +79,18 @@ class Sampler:
     def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
         """As `sample`, for lines that a step has staged; ids and finiteness are written where `lines` says."""
         slots, positions = torch.from_numpy(lines.host_slots), torch.from_numpy(lines.host_positions)
-        sampled = self.sample(logits, slots, positions)
+        sampled = self.sample(logits, slots, positions, lines.edits)
         lines.token_ids.copy_(sampled.token_ids)
         lines.finite.copy_(sampled.finite)
         return sampled
 
-    def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        edits: Mapping[int, Edit] = MappingProxyType({}),
+    ) -> Sampled:
         """logits [L, V] fp32 (unchanged); slots [L] int64, of rows that have joined; positions [L] int64, of the
         token to be sampled in its sequence. `slots` and `positions` are best on the host, where it is decided which
         work the batch needs: on a device they are waited for."""
@@ -83,13 +98,16 @@ class Sampler:
         host_positions = positions.tolist() if any(row.ban_stop_until for row in needs) else []
         slots, positions = slots.to(logits.device), positions.to(logits.device)
         scores = self._processed(logits, slots, needs, host_positions)
+        if edits and scores is logits:
+            scores = logits.clone()
+        errors = apply_edits(scores, edits)
         peaks = scores.amax(-1)
         finite = peaks.isfinite() & logits.amax(-1).isfinite()
         token_ids = self._choose(scores, peaks, slots, positions, needs)
         counted = _rows([row.penalties for row in needs], logits.device)
         if len(counted):
             self.state.count(slots[counted], token_ids[counted])
-        return Sampled(token_ids, finite, *_logprobs(logits, token_ids, needs))
+        return Sampled(token_ids, finite, *_logprobs(logits, token_ids, needs), errors=errors)
 
     def _needs(self, slot: int) -> Needs:
         needs = self.state.needs[slot]
@@ -185,6 +203,19 @@ class Sampler:
         times = history >> 1
         scores = scores - times * self.state.frequency_penalty[slots].unsqueeze(1)
         return scores - (times > 0) * self.state.presence_penalty[slots].unsqueeze(1)
+
+
+def apply_edits(scores: torch.Tensor, edits: Mapping[int, Edit]) -> dict[int, str]:
+    """Lets each edit change its own line of the scores [L, V] fp32. Returns line -> why its edit failed."""
+    errors: dict[int, str] = {}
+    for line, edit in edits.items():
+        try:
+            edit(scores[line])
+        except EditError as error:
+            errors[line] = str(error)[:MAX_ERROR]
+        except Exception as error:
+            errors[line] = f"Editing this request's scores failed: {type(error).__name__}: {error}"[:MAX_ERROR]
+    return errors
 
 
 def top_k(scores: torch.Tensor, k: torch.Tensor, largest_k: int) -> torch.Tensor:

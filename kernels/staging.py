@@ -27,7 +27,7 @@ import torch
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.sampler import Lines
 from ropeway.kernels.sampling_state import FLAGS, SamplingState
-from ropeway.kernels.step import UNREAD, RowInput, StepInput
+from ropeway.kernels.step import UNREAD, Edit, RowInput, StepInput
 
 _ALIGNMENT = 64
 """Bytes. Triton compiles a kernel again for pointers that are no multiple of 16."""
@@ -118,6 +118,8 @@ class Staged:
     """[B] int64 on the host: the state slot whose parameters sample each row's line."""
     sample_positions: np.ndarray
     """[B] int64 on the host."""
+    edits: dict[int, Edit]
+    """Row -> what changes its line's scores."""
 
 
 class Staging:
@@ -186,6 +188,7 @@ class Staging:
             tail["copies"].view(-1, 2),
             views["sample_slot"][:rows],
             views["sample_position"][:rows],
+            {row: part.edit for row, part in enumerate(step.rows) if part.edit is not None},
         )
 
     def static_tensors(self, size: Size) -> StepTensors:
@@ -220,17 +223,19 @@ class Staging:
             logits_tokens=tuple((np.cumsum(query_lens) - 1).tolist()),
         )
 
-    def lines(self, tensors: StepTensors, sample_slots: np.ndarray, sample_positions: np.ndarray) -> Lines:
+    def lines(self, staged: Staged) -> Lines:
         """What the sampler takes; it writes to `last_ids` and `last_finite`."""
+        tensors = staged.tensors
         count = len(tensors.sample_slot)
         return Lines(
-            sample_slots,
-            sample_positions,
+            staged.sample_slots,
+            staged.sample_positions,
             tensors.sample_slot,
             tensors.sample_position,
             tensors.sample_flags,
             self.last_ids[:count],
             self.last_finite[:count],
+            staged.edits,
         )
 
     def _new_blocks(self, step: StepInput, columns: Columns) -> tuple[np.ndarray, np.ndarray]:

@@ -4,13 +4,20 @@ Knows no tensors, no text, no requests: a row is a place in the batch. `LeftPadd
 into tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ropeway.kernels.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    import torch
+
 UNREAD = -1
 """Stands for a token that is sampled but not yet read from the device."""
+
+Edit = Callable[["torch.Tensor"], None]
+"""edit(scores): changes one row's scores [V] fp32 in place, on their device. Whatever it raises ends that row alone."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,6 +51,9 @@ class RowInput:
     """Row of the previous step whose sampled id is the `UNREAD` token; -1 if there is none."""
     sample: bool = True
     """Whether a token is sampled from the last token's logits (False: a prefill chunk with more to come)."""
+    edit: Edit | None = None
+    """Called once, with `sample`, between forward and sampler: after bias, penalties and bans, before temperature,
+    top-k, top-p and min-p, as custom processors are in transformers. The launches of a GPU are not waited for."""
 
 
 @dataclass(slots=True)
@@ -76,6 +86,8 @@ class StepOutput:
     """False where a row's logits hold NaN, or +inf, or nothing but -inf: the row must end with an error."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """Row number -> logprobs, for rows that asked."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Row number -> why its edit failed, one sentence for the client: the row must end with it."""
     computed_slots: int = 0
     """Token places the forward computed, pads and bucket rounding included: padding_ratio = 1 - real / computed."""
     host_gap_seconds: float = 0.0

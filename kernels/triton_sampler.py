@@ -4,6 +4,7 @@ Nothing waits for the device and nothing sorts a vocabulary. Per-row parameters 
 device; the host, which knows what each row needs, only decides which launches a batch takes:
 
     process      bias, penalties and bans, into a copy of the logits             rows that need one of these
+                 edits, by whatever they launch                                  or have an edit
     find_peaks   largest score of every chunk of the vocabulary                  always
     draw         largest score + noise of every chunk                            rows with a temperature, no top-k
     choose       a row's token: of the largest chunk, or after top-k and top-p   always
@@ -13,14 +14,16 @@ There are three kinds of batches, each a superset of the one before, so that few
 and what top-k and top-p may keep of a row is looked through by one program.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import torch
 
-from ropeway.kernels.sampler import Lines, Sampled, Sampler
+from ropeway.kernels.sampler import Lines, Sampled, Sampler, apply_edits
 from ropeway.kernels.sampling_state import DRAWN, FLAGS, SMALLEST_TEMPERATURE
+from ropeway.kernels.step import Edit
 from ropeway.kernels.triton_jit import ceil_div, next_power_of_2, upload
 from ropeway.kernels.triton_sampler_kernels import choose, draw, find_peaks, process
 
@@ -36,7 +39,13 @@ KINDS: tuple[Kind, ...] = ("greedy", "drawn", "processed")
 class TritonSampler(Sampler):
     """Samples one token per row, and counts it where the row has penalties."""
 
-    def sample(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> Sampled:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        edits: Mapping[int, Edit] = MappingProxyType({}),
+    ) -> Sampled:
         """logits [L, V] contiguous (unchanged); slots [L] int64 on the host, of rows that have joined, each once;
         positions [L] int64 on the host, of the token to be sampled in its sequence."""
         host_slots, host_positions = slots.numpy(), positions.numpy()
@@ -44,7 +53,8 @@ class TritonSampler(Sampler):
         slots, positions, flags = (upload(values, logits.device) for values in (slots, positions, flags))
         token_ids = torch.empty_like(slots)
         finite = torch.empty_like(slots, dtype=torch.bool)
-        return self.sample_lines(logits, Lines(host_slots, host_positions, slots, positions, flags, token_ids, finite))
+        lines = Lines(host_slots, host_positions, slots, positions, flags, token_ids, finite, edits)
+        return self.sample_lines(logits, lines)
 
     def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
         """As `sample`, for lines that a step has staged."""
@@ -55,7 +65,7 @@ class TritonSampler(Sampler):
         """What the neediest line takes."""
         slots = lines.host_slots
         work = int(np.bitwise_or.reduce(self.state.work[slots]))
-        if work & FLAGS or (lines.host_positions < self.state.ban_stop_until[slots]).any():
+        if lines.edits or work & FLAGS or (lines.host_positions < self.state.ban_stop_until[slots]).any():
             return "processed"
         return "drawn" if work & DRAWN else "greedy"
 
@@ -84,6 +94,7 @@ class TritonSampler(Sampler):
         if bans:
             at = upload(torch.tensor(bans).T.contiguous(), logits.device)
             scores.index_put_((at[0], at[1]), scores.new_full((), -torch.inf))
+        lines.errors.update(apply_edits(scores, lines.edits))
         group_peaks = logits.new_empty(rows, chunks * (BLOCK // GROUP) if drawn else 0, dtype=torch.float32)
         find_peaks[(rows, chunks)](
             scores, peaks, peak_ids, group_peaks, vocabulary, GROUPS=drawn, GROUP=GROUP, BLOCK=BLOCK
@@ -115,9 +126,10 @@ class TritonSampler(Sampler):
         """What `launch` gave, with the logprobs of the lines that want them."""
         asked = np.flatnonzero(self.state.wants_logprobs[lines.host_slots])
         if not len(asked):
-            return Sampled(lines.token_ids, lines.finite)
+            return Sampled(lines.token_ids, lines.finite, errors=lines.errors)
         needs = [self._needs(slot) for slot in lines.host_slots.tolist()]
-        return Sampled(lines.token_ids, lines.finite, *_logprobs(logits, lines.token_ids, [n.logprobs for n in needs]))
+        logprobs = _logprobs(logits, lines.token_ids, [row.logprobs for row in needs])
+        return Sampled(lines.token_ids, lines.finite, *logprobs, errors=lines.errors)
 
     def _bans(self, lines: Lines) -> list[tuple[int, int]]:
         """Stop tokens of lines that are too short to end."""

@@ -9,6 +9,7 @@ died with, without 32 tokens between, is quarantined: it may be what killed them
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +21,7 @@ from ropeway.scheduler.messages import (
     AddRequest,
     ChoiceStart,
     Drain,
+    EditSpec,
     EngineLost,
     EngineReady,
     EngineStarting,
@@ -169,6 +171,7 @@ class EngineClient:
         cache_salt: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        edits: Sequence[EditSpec] = (),
     ) -> RequestStream:
         """Sends a request of `n` choices (0 to n - 1); all values are validated before.
 
@@ -195,6 +198,7 @@ class EngineClient:
             priority=priority,
             arrival=time.monotonic(),
             deadline=deadline,
+            edits=list(edits),
         )
         stream = self._streams[request.request_id] = RequestStream(request, self._forget)
         self._send(request)

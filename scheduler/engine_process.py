@@ -8,8 +8,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ropeway.kernels.errors import LoadError
@@ -18,6 +18,7 @@ from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine import Engine, Runner
 from ropeway.scheduler.messages import Heartbeat, LoadFailed, ModelInfo, Phase
 from ropeway.scheduler.processes import EngineContext, send_control
+from ropeway.scheduler.row import BuildEdit
 from ropeway.scheduler.scheduler import Limits, Scheduler
 
 HEARTBEAT_SECONDS = 0.25
@@ -37,6 +38,8 @@ class Loaded:
     runner: Runner
     info: ModelInfo
     lag: Literal[0, 1]
+    builders: Mapping[str, BuildEdit] = field(default_factory=dict)
+    """Of rows' edits."""
 
 
 Load = Callable[[EngineConfig, str, Progress], Loaded]
@@ -143,7 +146,7 @@ def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:
         prefix_cache_scope=config.prefix_cache_scope,
     )
     pool = BlockPool(info.num_blocks, info.block_size, caching=config.enable_prefix_caching)
-    return Engine(Scheduler(limits, pool), loaded.runner, loaded.lag)
+    return Engine(Scheduler(limits, pool, loaded.builders), loaded.runner, loaded.lag)
 
 
 class Pulse:

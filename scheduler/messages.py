@@ -9,7 +9,7 @@ messages of another generation. A worker is known by a number that no later work
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,6 +25,15 @@ class ChoiceStart(msgspec.Struct, array_like=True, frozen=True):
 
     index: int
     output_ids: list[int] = []
+
+
+class EditSpec(msgspec.Struct, array_like=True, frozen=True):
+    """What the engine process builds a `RowEdit` from, one for each choice."""
+
+    kind: str
+    """A key of the engine's builders."""
+    args: dict[str, Any] = {}
+    """JSON values, checked by the server."""
 
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
@@ -44,6 +53,8 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
     """Smaller is sooner."""
     arrival: float = 0.0
     deadline: float | None = None
+    edits: list[EditSpec] = []
+    """What changes each row's scores between forward and sampler, in this order; may end it, too."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", array_like=True, frozen=True):
@@ -73,6 +84,8 @@ class RowOutput(msgspec.Struct, array_like=True, gc=False):
     """Prompt tokens found in the prefix cache; with the first output of a choice."""
     error: str | None = None
     """One sentence for the client, with finish_reason "error" or "timeout"."""
+    stop_reason: str | None = None
+    """What a row's edit said when it ended the row, with finish_reason "stop"."""
 
 
 class StepOutputs(msgspec.Struct, tag="step"):

@@ -1,10 +1,12 @@
 """One step on its way from a draft to a launch. Knows which positions of which rows it computes, not why."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
 from ropeway.scheduler.row import Row
+from ropeway.scheduler.row_edits import edit_scores
 
 Reason = Literal[
     "token budget",  # the step has as many tokens as it may
@@ -12,6 +14,7 @@ Reason = Literal[
     "row budget",  # the batch has as many rows as it may
     "no free blocks",  # what is there belongs to rows that come first
     "leader prefilling",  # another choice is computing the prompt that this one will share
+    "edit not ready",  # what changes the row's scores is still being made
     "token unread",  # the unread token may end the row, or the host must see it first
     "preempted",  # the row gave its blocks to one that comes first
 ]
@@ -87,6 +90,8 @@ class Draft:
                 part = RowInput(row.state_slot, [UNREAD], start, row.block_table, row.place, sample)
             else:
                 part = RowInput(row.state_slot, row.tokens[start:stop], start, row.block_table, -1, sample)
+            if sample and row.edits:
+                part.edit = partial(edit_scores, row.edits, row.tokens)
             parts.append(part)
             row.computed = stop
             row.in_flight = unread + sample

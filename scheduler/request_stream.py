@@ -166,6 +166,7 @@ def merge(first: RowOutput, second: RowOutput) -> RowOutput:
         logprobs=logprobs,
         finish_reason=second.finish_reason,
         stop_token_id=second.stop_token_id,
+        stop_reason=second.stop_reason,
         cached_tokens=first.cached_tokens if first.cached_tokens is not None else second.cached_tokens,
         error=second.error,
     )

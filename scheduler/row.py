@@ -12,10 +12,14 @@ Plain data. Three facts are stored, the rest is derived:
 Knows nothing about budgets, queues or memory: `Scheduler` decides, `BlockPool` counts.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
-from ropeway.scheduler.messages import AddRequest, FinishReason
+from ropeway.scheduler.messages import AddRequest, EditSpec, FinishReason
+from ropeway.scheduler.row_edits import RowEdit
 
 
 class InvalidRequest(ValueError):
@@ -45,6 +49,8 @@ class Row:
     deadline: float | None = None
     key_id: str = ""
     cache_salt: str = ""
+    edits: Sequence[RowEdit] = ()
+    """What changes its scores, in this order."""
     max_in_flight: int = 1
     """Unread tokens with which the row may be planned; 0 when the host must see each token first."""
 
@@ -115,8 +121,27 @@ class Row:
         return "length" if len(self.tokens) >= self.max_length else None
 
 
+BuildEdit = Callable[[dict[str, Any], Row], RowEdit]
+"""build(args of the `EditSpec`, the row without its edits). Raises InvalidRequest, or anything else."""
+NO_BUILDERS: Mapping[str, BuildEdit] = MappingProxyType({})
+
+
+def add_edits(row: Row, specs: Sequence[EditSpec], builders: Mapping[str, BuildEdit]) -> None:
+    """Builds what changes the row's scores. The row's tokens must then be read before it goes on.
+
+    Raises InvalidRequest."""
+    try:
+        row.edits = [builders[spec.kind](spec.args, row) for spec in specs]
+    except InvalidRequest:
+        raise
+    except Exception as error:
+        raise InvalidRequest(f"Preparing this request's processors failed: {type(error).__name__}: {error}") from error
+    if row.edits:
+        row.max_in_flight = 0
+
+
 def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
-    """The choices of a request. Choice i samples with seed + i, wrapping in int64.
+    """The choices of a request, without edits. Choice i samples with seed + i, wrapping in int64.
 
     Raises InvalidRequest. Workers validate what clients send; this is for a worker's mistake, which may cost its own
     request but not everybody's engine.

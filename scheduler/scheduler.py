@@ -16,15 +16,18 @@ Pure Python. Knows no tensors, no sockets and no clock: the caller passes the ti
 
 from bisect import insort
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ropeway.kernels.errors import EditError
 from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.plan import Draft, Reason, StepPlan
-from ropeway.scheduler.row import InvalidRequest, Row, rows_of
+from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, InvalidRequest, Row, add_edits, rows_of
+from ropeway.scheduler.row_edits import stop_reason
 from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
 from ropeway.scheduler.waiting import Waiting
 
@@ -58,7 +61,9 @@ class _HeadStart(NamedTuple):
 class Scheduler:
     """The waiting and the running rows, and the blocks between them."""
 
-    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+    def __init__(self, limits: Limits, pool: BlockPool, builders: Mapping[str, BuildEdit] = NO_BUILDERS) -> None:
+        """builders: kind of `EditSpec` -> what makes a row's edit of it."""
+        self._builders = builders
         self.limits = limits
         self.pool = pool
         self.pace = Pace()
@@ -82,6 +87,8 @@ class Scheduler:
         if not rows or (owner, request.request_id) in self._choices:
             raise InvalidRequest("The engine got a request without choices or with an id in use.")
         self._check_length(rows[0])
+        for row in rows:
+            add_edits(row, request.edits, self._builders)
         self._choices[owner, request.request_id] = rows
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
@@ -89,6 +96,18 @@ class Scheduler:
             self.waiting.add(row)
             if reason := row.finish_reason():  # it had just ended when the engine before this one crashed
                 self._finish(row, reason)
+            elif row.num_resumed and row.edits:
+                self._finish_stopped(row)
+
+    def _finish_stopped(self, row: Row) -> None:
+        """Ends a resumed row if one of its edits says that it has ended."""
+        try:
+            stopped_by = stop_reason(row.edits, row.tokens)
+        except EditError as error:
+            self._finish(row, "error", error=str(error))
+            return
+        if stopped_by is not None:
+            self._finish(row, "stop", stop_reason=stopped_by)
 
     def refuse(self, owner: int, request: AddRequest, error: str) -> None:
         """Answers every choice of a request that was not added. `error` is one sentence for the client."""
@@ -198,7 +217,7 @@ class Scheduler:
         self.stats.reasons["preempted"] += 1
 
     def _admit_waiting(self, draft: Draft) -> None:
-        """Admits rows in order until one finds no room. Only choices that wait for their leader are passed over."""
+        """Admits rows in order until one finds no room. Only those that wait for something else are passed over."""
         admitted = []
         for row in self.waiting:
             reason = self._admit(row, draft)
@@ -206,7 +225,7 @@ class Scheduler:
                 admitted.append(row)
                 continue
             self.stats.reasons[reason] += 1
-            if reason != "leader prefilling":
+            if reason not in ("leader prefilling", "edit not ready"):
                 break
         for row in admitted:
             self.waiting.remove(row)
@@ -217,6 +236,8 @@ class Scheduler:
             return "row budget"
         if not draft.tokens_left:
             return draft.why_full
+        if row.edits and not all(edit.ready for edit in row.edits):
+            return "edit not ready"
         leader = self._leader(row)
         if leader is not None and not leader.holds_prompt:
             return "leader prefilling"
@@ -296,6 +317,9 @@ class Scheduler:
             if not output.finite[place]:
                 self._finish(row, "error", error="The model's logits for this request were not finite numbers.")
                 continue
+            if place in output.errors:
+                self._finish(row, "error", error=output.errors[place])
+                continue
             if len(row.tokens) // size > row.num_published:
                 self._publish(row)
             row.tokens.append(output.token_ids[place])
@@ -314,8 +338,13 @@ class Scheduler:
     def _emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
         """Sends the newest token; if it was the last one, the row leaves."""
         self.stats.generation_tokens += 1
-        token, reason = row.tokens[-1], row.finish_reason()
-        output = RowOutput(row.request_id, row.choice, [token], finish_reason=reason)
+        try:
+            stopped_by = stop_reason(row.edits, row.tokens)
+        except EditError as error:
+            self._finish(row, "error", error=str(error))
+            return
+        token, reason = row.tokens[-1], "stop" if stopped_by is not None else row.finish_reason()
+        output = RowOutput(row.request_id, row.choice, [token], finish_reason=reason, stop_reason=stopped_by)
         if logprobs is not None:
             output.logprobs = [logprobs]
         if row.num_output == row.num_resumed + 1:
@@ -323,13 +352,14 @@ class Scheduler:
             row.first_token = now
         self._outputs[row.owner].append(output)
         if reason:
-            output.stop_token_id = token if reason == "stop" else None
+            output.stop_token_id = token if reason == "stop" and stopped_by is None else None
             self.stats.ended.append(RowTimes.of(row, now))
             self._leave(row)
 
-    def _finish(self, row: Row, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, row: Row, reason: FinishReason, error: str | None = None, stop_reason: str | None = None) -> None:
         """Ends a row without a further token."""
-        self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, finish_reason=reason, error=error))
+        output = RowOutput(row.request_id, row.choice, finish_reason=reason, error=error, stop_reason=stop_reason)
+        self._outputs[row.owner].append(output)
         self._leave(row)
 
     def _leave(self, row: Row) -> None:

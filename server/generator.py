@@ -15,7 +15,7 @@ import msgspec
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import TokenLogprobs
 from ropeway.scheduler.client import EngineError, NotReady, Quarantined
-from ropeway.scheduler.messages import RowOutput
+from ropeway.scheduler.messages import EditSpec, RowOutput
 from ropeway.server.detokenizer import Detokenizer
 from ropeway.server.errors import ApiError
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
@@ -64,6 +64,7 @@ class Engine(Protocol):
         cache_salt: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        edits: Sequence[EditSpec] = (),
     ) -> Rows: ...
 
 
@@ -152,6 +153,8 @@ class _Choice:
         delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
         if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
             delta.stop_reason = row.stop_token_id
+        elif row.stop_reason is not None:
+            delta.stop_reason = row.stop_reason
 
     def _position(self, token_id: int, logprobs: TokenLogprobs) -> PositionLogprobs:
         text, data = self._tokenizer.token_text, self._tokenizer.token_bytes
@@ -339,6 +342,7 @@ class Generator:
                     cache_salt=request.cache_salt,
                     priority=request.priority,
                     deadline=request.deadline,
+                    edits=request.edits,
                 )
                 prompts.append(_Prompt(request, rows, self._tokenizer, automata.get(request.stop)))
         except EngineError as error:

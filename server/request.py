@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from ropeway.kernels.sampling_params import SamplingParams
+from ropeway.scheduler.messages import EditSpec
 
 
 @dataclass(slots=True, frozen=True)
@@ -29,6 +30,8 @@ class GenerationRequest:
     """`time.monotonic()` seconds; queue time counts."""
     max_time: float | None = None
     """Seconds after which no more tokens are wanted; what is there by then, one token at least, is the answer."""
+    edits: tuple[EditSpec, ...] = ()
+    """What changes scores between forward and sampler, in this order; each choice has its own."""
 
 
 @dataclass(slots=True)
@@ -58,6 +61,7 @@ class ChoiceDelta:
     finish_reason: str | None = None
     """One of OpenAI's: stop, length."""
     stop_reason: int | str | None = None
-    """The stop string or the stop token's id that ended it, or "max_time"; None for EOS and the token limit."""
+    """What ended it: the stop string, the stop token's id, a stopping criterion's name or "max_time"; None for EOS and
+    the token limit."""
     cached_tokens: int = 0
     """With the first delta of a choice: prompt tokens that the prefix cache held."""

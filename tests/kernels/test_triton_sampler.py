@@ -1,7 +1,10 @@
 """The Triton sampler against `sampler.py`: the same ids, also where scores are equal or rows go wrong."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,12 +15,13 @@ from ropeway.kernels import triton_sampler
 from ropeway.kernels.sampler import Sampled, Sampler
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.sampling_state import SamplingState
-from ropeway.kernels.step import RowState
+from ropeway.kernels.step import Edit, RowState
 from ropeway.kernels.triton_sampler import TritonSampler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 V = 300
+NO_EDITS: Mapping[int, Edit] = MappingProxyType({})
 OUTPUT = [7, 7, 9, 250]
 DISTRIBUTIONS = [
     SamplingParams(temperature=0.0),
@@ -53,7 +57,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_sampler, "BLOCK", 128)
 
 
-def both(logits: torch.Tensor, params: list[SamplingParams], steps: int = 1) -> list[tuple[Sampled, Sampled]]:
+def both(
+    logits: torch.Tensor, params: list[SamplingParams], steps: int = 1, edits: Mapping[int, Edit] = NO_EDITS
+) -> list[tuple[Sampled, Sampled]]:
     """(expected, got) of some steps with the same logits [L, V]; row i at slot L - 1 - i, OUTPUT before it."""
     rows = len(params)
     slots = torch.arange(rows).flip(0)
@@ -65,7 +71,8 @@ def both(logits: torch.Tensor, params: list[SamplingParams], steps: int = 1) -> 
     pairs = []
     for step in range(steps):
         positions = torch.full((rows,), 7 + step)
-        pairs.append((right.sample(logits, slots, positions), ours.sample(logits.to(DEVICE), slots, positions)))
+        expected = right.sample(logits, slots, positions, edits)
+        pairs.append((expected, ours.sample(logits.to(DEVICE), slots, positions, edits)))
     return pairs
 
 
@@ -86,6 +93,33 @@ def test_bias_penalties_and_bans() -> None:
     """Guards processing, its order, the counting (a third token depends on it), and rows that need none of it."""
     for expected, got in both(random_logits(len(CHANGED), 2), CHANGED, steps=3):
         assert got.token_ids.tolist() == expected.token_ids.tolist()
+
+
+def test_edits() -> None:
+    """Guards edits: applied to processed scores, before the filters, in their own line alone; one fails alone."""
+    params = [*CHANGED, *DISTRIBUTIONS[:10]]
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def lift(line: int, scores: torch.Tensor) -> None:
+        seen.setdefault(line, []).append(scores.detach().cpu().clone())
+        scores[line + 20] = scores.amax() + 5
+        scores[scores < scores.mean()] = -torch.inf
+
+    def fail(scores: torch.Tensor) -> None:
+        scores.fill_(torch.nan)
+        raise RuntimeError("no")
+
+    edits = {line: partial(lift, line) for line in (0, 2, 4, 9, 15)} | {7: fail}
+    logits = random_logits(len(params), 4)
+    unedited = both(logits, params)[0][0].token_ids
+    for expected, got in both(logits, params, steps=2, edits=edits):
+        others = [line for line in range(len(params)) if line != 7]
+        assert got.token_ids[others].tolist() == expected.token_ids[others].tolist()
+        assert got.finite[others].all() and expected.finite[others].all()
+        message = "Editing this request's scores failed: RuntimeError: no"
+        assert got.errors == expected.errors == {7: message}
+    assert (unedited == both(logits, params, edits=edits)[0][1].token_ids.cpu())[[1, 3, 5, 6, 8, 10]].all()
+    assert seen[2][0][7] == -torch.inf and torch.equal(seen[2][0], seen[2][1])
 
 
 def test_top_k_among_scores_that_nearly_agree() -> None:

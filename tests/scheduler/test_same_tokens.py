@@ -6,6 +6,7 @@ start full of NaN: whoever reads a slot that nobody wrote is found out.
 
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -25,6 +26,7 @@ from ropeway.kernels.sampling_state import SamplingState
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
+from ropeway.scheduler.row import NO_BUILDERS, BuildEdit
 from ropeway.scheduler.scheduler import Limits, Scheduler
 
 BLOCK = 4
@@ -66,13 +68,13 @@ class Setup:
     caching: bool = True
 
 
-def build(model: LlamaForCausalLM, setup: Setup) -> Engine:
+def build(model: LlamaForCausalLM, setup: Setup, builders: Mapping[str, BuildEdit] = NO_BUILDERS) -> Engine:
     pool = KVPool(setup.blocks, BLOCK, fill=float("nan"))
     forward = PackedForward(model, pool) if setup.layout == "packed" else PaddedForward(model, pool)
     device = torch.device("cpu")
     sampler = Sampler(SamplingState(setup.rows, VOCAB, device))
     limits = Limits(setup.rows, setup.chunk, MAX_LEN)
-    scheduler = Scheduler(limits, BlockPool(setup.blocks, BLOCK, caching=setup.caching))
+    scheduler = Scheduler(limits, BlockPool(setup.blocks, BLOCK, caching=setup.caching), builders)
     return Engine(scheduler, ModelRunner(forward, pool, sampler, BLOCK, device), setup.lag)
 
 

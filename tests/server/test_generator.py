@@ -14,6 +14,7 @@ from scripted import Record, ScriptedClient, Wake, in_steps, row
 
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.client import EngineFailed, NotReady, Quarantined
+from ropeway.scheduler.messages import EditSpec
 from ropeway.server import generator
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generation, Generator, collect, finite
@@ -267,11 +268,21 @@ async def test_closing_in_the_middle() -> None:
 
 async def test_what_reaches_the_engine() -> None:
     """Guards parameters on their way: each lands in the engine's request."""
-    changes = {"n": 3, "key_id": "k", "cache_salt": "s", "priority": -1, "deadline": 12.5, "max_tokens": 9}
+    edits = (EditSpec("kind", {"a": 1}),)
+    changes = {
+        "n": 3,
+        "key_id": "k",
+        "cache_salt": "s",
+        "priority": -1,
+        "deadline": 12.5,
+        "max_tokens": 9,
+        "edits": edits,
+    }
     _, client, _ = start([], **changes)
     (sent,) = client.submitted
     assert (sent.prompt_ids, sent.sampling, sent.max_tokens, sent.n) == (BASE.prompt_ids, BASE.sampling, 9, 3)
-    assert sent.options == {"key_id": "k", "cache_salt": "s", "priority": -1, "deadline": 12.5}
+    options = {"key_id": "k", "cache_salt": "s", "priority": -1, "deadline": 12.5, "edits": edits}
+    assert sent.options == options
 
 
 async def test_max_time() -> None:
