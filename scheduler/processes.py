@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from ropeway.scheduler.config import EngineConfig
-from ropeway.scheduler.messages import EngineControl, EngineReport, WorkerControl
+from ropeway.scheduler.messages import EngineControl, EngineReport, LoadFailed, WorkerControl
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LEFT_TO_SUPERVISOR = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -182,6 +182,15 @@ class Child:
         if code is not None and code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"exited with code {code}"
+
+
+def last_words(worker: Child) -> str:
+    """Why a dead worker could not load the model; "" if it did not say."""
+    try:
+        report = receive_control(worker.control)
+    except EOFError:
+        return ""
+    return report.message if isinstance(report, LoadFailed) else ""
 
 
 class SignalPipe:

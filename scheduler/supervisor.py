@@ -14,6 +14,7 @@ PID 1.
                                            engine: WorkerGone; spawn another,         engine: WorkerGone
                                            engine: WorkerStarted
       beyond its restart budget            message on stderr, end with 1              -
+      could not load, nor did another      the same, with its own words               -
     worker does not read its pipe          it misses heartbeats; what it must know    the same
                                            and cannot get: stack dump, SIGKILL
     SIGTERM, SIGINT                        close the port; workers: Drain(deadline)   SIGKILL to all, end with 128 + n
@@ -37,7 +38,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from ropeway.scheduler import engine_process
-from ropeway.scheduler.admission_table import AdmissionTable
+from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.messages import (
     Drain,
@@ -59,6 +60,7 @@ from ropeway.scheduler.processes import (
     EngineContext,
     SignalPipe,
     WorkerContext,
+    last_words,
     reap_orphans,
     receive_control,
     send_control,
@@ -165,6 +167,7 @@ class Supervisor:
         self._was_ready = False
         self._workers: dict[int, Child] = {}
         self._lines: dict[int, int] = {}  # of the admission table, by worker
+        self._was_loaded = False  # a worker could serve the model
         self._admission: AdmissionTable | None = None
         self._next_worker = 0
         self._deadline: float | None = None  # of the drain; None while serving
@@ -343,15 +346,19 @@ class Supervisor:
         assert self._metrics and self._admission
         del self._workers[worker]
         line = self._lines.pop(worker)
+        self._was_loaded |= self._admission.total(Column.LOADED) > 0
         self._admission.clear(line)
         self._metrics.worker_died(child.pid)
+        words = last_words(child)
         how = child.close()
         if self._engine:
             send_control(self._engine.control, WorkerGone(worker))
         if self._deadline is not None:
             return
-        if self._worker_budget.spend(time.monotonic()):
-            logger.error("API worker %d %s. Starting another.", worker, how)
+        if words and not self._was_loaded:
+            self._fail(words)
+        elif self._worker_budget.spend(time.monotonic()):
+            logger.error("API worker %d %s. %s Starting another.", worker, how, words)
             self._start_worker(line)
         else:
             self._fail(f"API workers keep dying; the last one {how}.")

@@ -21,8 +21,9 @@ from fastapi import FastAPI
 
 from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.client import EngineClient, EngineFailed
+from ropeway.scheduler.messages import LoadFailed
 from ropeway.scheduler.process_metrics import ProcessMetrics
-from ropeway.scheduler.processes import WorkerContext, calm_gc
+from ropeway.scheduler.processes import WorkerContext, calm_gc, send_control
 from ropeway.server.acceptor import Acceptor
 from ropeway.server.admission import Admission
 from ropeway.server.app import create_app
@@ -36,6 +37,8 @@ KEEP_ALIVE_S = 75
 LAST_WORDS_S = 1
 """What streams get, once cut off, to write their error event."""
 DRAIN_TICK_S = 0.05
+MAX_MESSAGE = 2000
+"""Characters of an error; the control pipe takes a message whole or not at all."""
 
 
 def main(context: WorkerContext) -> None:
@@ -81,11 +84,17 @@ async def serve(context: WorkerContext) -> None:
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
+    error = loading.exception() if loading.done() and not loading.cancelled() else None
+    if error:
+        message = (
+            f"An API worker cannot read the model's tokenizer, chat template or presets: {str(error)[:MAX_MESSAGE]}."
+        )
+        send_control(context.control, LoadFailed(client.status.generation, message))
     await client.close()
     for task in (watching, loading, draining, ending):
         task.cancel()
-    if loading.done() and not loading.cancelled() and (error := loading.exception()):
-        sys.exit(f"ropeway: An API worker cannot read the model's tokenizer, chat template or presets: {error}.")
+    if error:
+        sys.exit(1)
 
 
 class Server(uvicorn.Server):

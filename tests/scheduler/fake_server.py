@@ -30,8 +30,8 @@ from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.client import EngineClient, EngineError
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine_process import Loaded, Progress
-from ropeway.scheduler.messages import ModelInfo
-from ropeway.scheduler.processes import EngineContext, WorkerContext
+from ropeway.scheduler.messages import LoadFailed, ModelInfo
+from ropeway.scheduler.processes import EngineContext, WorkerContext, send_control
 from ropeway.scheduler.supervisor import StartError, Supervisor
 from ropeway.scheduler.watchdog import Limits, PhaseLimit
 
@@ -55,6 +55,8 @@ class Options:
     """Seconds without progress in loading."""
     worker_dies: bool = False
     """Every worker ends at once."""
+    unreadable: bool = False
+    """No worker can load what the engine wrote."""
 
 
 def model_info(text_dir: str = "", **changes: Any) -> ModelInfo:
@@ -144,6 +146,9 @@ class Worker:
 
     async def load(self) -> None:
         await self.client.wait_ready()
+        if self.context.settings.unreadable:
+            send_control(self.context.control, LoadFailed(0, "This template is broken."))
+            os._exit(1)
         self.table.add(self.context.line, Column.LOADED, 1)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -3,163 +3,21 @@
 Nothing sleeps for luck: every wait polls for a fact with a deadline.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
-import psutil
 import pytest
 from fake_server import BROKEN_MODEL, DEADLY, DYING_MODEL, FROZEN_MODEL, HANGING
+from supervised import LIMIT_S, PROMPT, Server, assert_nothing_left, children, undisturbed, wait_for
 
 from ropeway.scheduler import supervisor
-from ropeway.scheduler.admission_table import AdmissionTable, Column
 from ropeway.scheduler.config import EngineConfig
-from ropeway.scheduler.messages import EngineStarting, Heartbeat
-from ropeway.scheduler.processes import send_control
-
-LIMIT_S = 60.0
-SCRIPT = Path(__file__).with_name("fake_server.py")
-PROMPT = {"prompt": [1, 2, 3, 4, 5, 6, 7], "max_tokens": 200, "n": 2, "seed": 11}
-
-
-def wait_for(fact: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
-    """Polls until the fact is true; returns it."""
-    deadline = time.monotonic() + limit_s
-    while not (value := fact()):
-        assert time.monotonic() < deadline, f"waited {limit_s} s in vain for {what}"
-        time.sleep(0.01)
-    return value
-
-
-class Answer:
-    """One request on its own connection, read line by line."""
-
-    def __init__(self, port: int, request: dict[str, Any]) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S)
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        self._file = self._socket.makefile("rb")
-        self.port = self._socket.getsockname()[1]
-        self.tokens: dict[int, list[int]] = {}
-        self.finish: dict[int, str] = {}
-
-    def next(self) -> dict[str, Any] | None:
-        """Reads a line. None: tokens came; else the last line of the answer, or a status."""
-        try:
-            message = json.loads(self._file.readline() or '{"error": "closed"}')
-        except ConnectionResetError:
-            return {"error": "closed"}
-        if isinstance(message, dict):
-            return message
-        for choice, token_ids, finish in message:
-            self.tokens.setdefault(choice, []).extend(token_ids)
-            if finish:
-                self.finish[choice] = finish
-        return None
-
-    def rest(self) -> dict[str, Any]:
-        """Reads to the end and closes; returns the last line."""
-        try:
-            while (message := self.next()) is None:
-                pass
-            return message
-        finally:
-            self.close()
-
-    def read_tokens(self, count: int) -> None:
-        """Until choice 0 has so many tokens."""
-        while len(self.tokens.get(0, [])) < count:
-            assert self.next() is None
-
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
-
-
-@dataclass
-class Server:
-    """A supervisor process with its children."""
-
-    process: subprocess.Popen[str]
-    port: int
-
-    def status(self) -> dict[str, Any]:
-        """As the worker sees it; empty if it cannot be asked now."""
-        try:
-            answer = Answer(self.port, {"status": True})
-            message = answer.rest()
-        except OSError:
-            return {}
-        return message if "ready" in message else {}
-
-    def wait_ready(self, generation: int = 1, workers: int = 1) -> dict[str, Any]:
-        """Until so many workers have said that they are ready: one may hear of it a moment after another."""
-        seen: set[int] = set()
-
-        def ready() -> dict[str, Any] | None:
-            assert self.process.poll() is None
-            status = self.status()
-            if status.get("ready") and status["generation"] >= generation:
-                seen.add(status["worker"])
-            return status if len(seen) >= workers else None
-
-        status: dict[str, Any] = wait_for(ready, f"generation {generation}")
-        return status
-
-    def ask(self, **request: Any) -> Answer:
-        return Answer(self.port, request)
-
-    def end(self, *signals: signal.Signals) -> int:
-        for number in signals:
-            self.process.send_signal(number)
-        return self.process.wait(LIMIT_S)
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
-    """Starts fake servers; afterwards no child of theirs may live."""
-    servers: list[Server] = []
-
-    def run(**options: Any) -> Server:
-        command = [sys.executable, str(SCRIPT), json.dumps(options)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout
-        servers.append(Server(process, int(process.stdout.readline() or 0)))
-        return servers[-1]
-
-    yield run
-    for server in servers:
-        server.end(signal.SIGTERM, signal.SIGINT)  # at once, and the private folder goes too
-        server.process.communicate(timeout=LIMIT_S)
-
-
-def undisturbed(server: Server) -> dict[int, list[int]]:
-    """What PROMPT gives when nothing happens."""
-    answer = server.ask(**PROMPT)
-    assert answer.rest() == {"done": True}
-    assert {choice: len(tokens) for choice, tokens in answer.tokens.items()} == {0: 200, 1: 200}
-    return answer.tokens
-
-
-def children(server: Server) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
-
-
-def assert_nothing_left(family: list[psutil.Process], directory: str | None) -> None:
-    _, alive = psutil.wait_procs(family, timeout=LIMIT_S)
-    assert not alive
-    assert directory is None or not Path(directory).exists()
 
 
 def test_engine_killed_twice(start: Callable[..., Server]) -> None:
@@ -222,82 +80,6 @@ def test_a_stopped_engine(start: Callable[..., Server]) -> None:
     server = start(step_timeout=1.0)
     os.kill(server.wait_ready()["engine"], signal.SIGSTOP)
     server.wait_ready(2)
-
-
-def test_a_worker_dies(start: Callable[..., Server]) -> None:
-    """Guards the other requests: a new worker serves on the same port, and the engine drops the dead one's rows."""
-    server = start()
-    status = server.wait_ready()
-    expected = undisturbed(server)
-    lost = server.ask(prompt=[1, 2, 3], max_tokens=5000)
-    lost.read_tokens(10)
-    os.kill(status["worker"], signal.SIGKILL)
-    assert "error" in lost.rest()
-    again = server.wait_ready()
-    assert again["worker"] != status["worker"] and again["engine"] == status["engine"]
-
-    def nothing_runs() -> bool:
-        status = server.status()
-        return status.get("phase") == "stepping" and status["running"] == 0  # of a heartbeat that it heard
-
-    wait_for(nothing_runs, "the dead worker's row to leave", limit_s=10)
-    assert undisturbed(server) == expected
-    assert server.end(signal.SIGTERM) == 0
-    assert server.process.stderr
-    assert "reads nothing" not in server.process.stderr.read()  # the row left by the supervisor's word
-
-
-def test_workers_that_keep_dying_end_the_server(start: Callable[..., Server]) -> None:
-    """Guards against a respawn loop: exit code 1 and a sentence."""
-    server = start(worker_dies=True)
-    _, text = server.process.communicate(timeout=LIMIT_S)
-    assert server.process.returncode == 1
-    assert text.splitlines()[-1] == "ropeway: API workers keep dying; the last one exited with code 3."
-
-
-def worker_of(server: Server, answer: Answer) -> int:
-    """Pid of the API worker that holds a connection."""
-
-    def holders() -> list[int]:
-        return [
-            child.pid
-            for child in children(server)
-            for connection in child.net_connections("tcp4")
-            if connection.raddr and connection.raddr.port == answer.port
-        ]
-
-    pid: int = wait_for(holders, "a worker that takes the connection")[0]
-    return pid
-
-
-@pytest.mark.parametrize("workers", [2, 4])
-def test_one_of_several_workers_dies(start: Callable[..., Server], workers: int) -> None:
-    """Guards the clients of the other workers: the dead one's see a closed connection, all else goes on with the same
-    tokens; a new worker takes its place; nothing of the dead one stays in flight."""
-    server = start(workers=workers)
-    directory = server.wait_ready()["directory"]
-    table = AdmissionTable.open(directory)
-    wait_for(lambda: table.total(Column.LOADED) == workers, "all workers")
-    expected = undisturbed(server)
-    holders: dict[Answer, int] = {}
-    while len(set(holders.values())) < 2 or len(holders) < 6:
-        assert len(holders) < 100
-        answer = server.ask(**PROMPT)
-        holders[answer] = worker_of(server, answer)
-    victim = next(iter(holders.values()))
-    next(iter(holders)).read_tokens(5)
-    os.kill(victim, signal.SIGKILL)
-    between = server.ask(**PROMPT)
-    for answer, pid in holders.items():
-        end = answer.rest()
-        assert end == ({"error": "closed"} if pid == victim else {"done": True})
-        assert pid == victim or answer.tokens == expected
-    assert between.rest() == {"done": True} and between.tokens == expected
-    wait_for(lambda: table.total(Column.LOADED) == workers, "another worker")
-    wait_for(lambda: not table.total(Column.SLOTS), "the end of all requests")
-    wait_for(lambda: (s := server.status()) and not (s["running"] + s["waiting"] + s["kv_usage"]), "an idle engine")
-    assert server.status()["generation"] == 1
-    assert server.end(signal.SIGTERM) == 0
 
 
 @pytest.mark.parametrize("model", ["fake", FROZEN_MODEL])
@@ -432,23 +214,6 @@ def test_sighup_ends_nothing(start: Callable[..., Server]) -> None:
     assert server.end(signal.SIGTERM) == 0
     assert server.process.stderr
     assert "SIGHUP: keys and settings are read at the start only" in server.process.stderr.read()
-
-
-def test_a_stalled_worker_misses_heartbeats_only() -> None:
-    """Guards a worker whose event loop stalls: a pipe full of heartbeats was its death; what it must know still is."""
-    kills: list[float] = []
-    ours, theirs = multiprocessing.Pipe()
-    child = SimpleNamespace(control=ours, name="worker", kill=kills.append)
-    server = supervisor.Supervisor(EngineConfig("m"), "127.0.0.1", 0, print, None)
-    server._workers = {0: child}  # type: ignore[dict-item]
-    while send_control(ours, Heartbeat(1, "stepping")):
-        pass
-    server._tell_workers(Heartbeat(1, "stepping"))
-    assert kills == []
-    server._tell_workers(EngineStarting(2))
-    assert len(kills) == 1
-    ours.close()
-    theirs.close()
 
 
 def test_an_engine_without_a_pipe_is_killed_soon() -> None:
