@@ -229,16 +229,18 @@ class ModelRunner:
         staged = self._staging.stage(StepInput([]), columns, size)
         lines = self._staging.lines(staged)
         logits = self._logits[: size.rows]
-        query_lens = (size.tokens - size.rows + 1,) + (1,) * (size.rows - 1)
+        # Bounds for whatever is replayed: of decode rows each has one token, of others one may have all of them.
+        query_lens = (1 if size.tokens == size.rows else size.tokens,) + (1,) * (size.rows - 1)
 
         def forward() -> None:
             batch = self._staging.batch(staged.tensors, query_lens, (self._longest,) * size.rows)
             logits.copy_(self._forward(batch))
 
-        graph = StepGraph(
-            size,
-            self._capture_launches(forward),
-            {kind: self._capture_launches(partial(sampler.launch, logits, lines, kind)) for kind in KINDS[:2]},
-        )
-        self._staging.last_ids.copy_(unread)
-        return graph
+        try:
+            return StepGraph(
+                size,
+                self._capture_launches(forward),
+                {kind: self._capture_launches(partial(sampler.launch, logits, lines, kind)) for kind in KINDS[:2]},
+            )
+        finally:
+            self._staging.last_ids.copy_(unread)

@@ -27,13 +27,17 @@ NUM_BLOCKS = 30
 
 
 class TrueLengths:
-    """A forward that reads the rows' lengths back: CPU attention uses the host's, a replay has those of its capture."""
+    """A forward that reads the rows' lengths back: CPU attention uses the host's, a replay has those of its capture.
+
+    Those must bound the true ones: from them a GPU's attention knows which kernels no row needs."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
 
     def __call__(self, batch: LeftPaddedBatch) -> torch.Tensor:
         query_lens, context_lens = batch.row_start.diff().tolist(), batch.context_len.tolist()
+        assert max(query_lens) <= batch.T and max(context_lens) <= max(batch.context_lens), "a bound does not hold"
+        assert min(query for query in query_lens if query) >= min(batch.query_lens), "a bound does not hold"
         return self._forward(replace(batch, query_lens=tuple(query_lens), context_lens=tuple(context_lens)))
 
     def computed_slots(self, batch: LeftPaddedBatch) -> int:
