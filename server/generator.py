@@ -153,7 +153,7 @@ class _Choice:
         delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
         if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
             delta.stop_reason = row.stop_token_id
-        elif row.stop_reason is not None:
+        elif row.stop_reason:
             delta.stop_reason = row.stop_reason
 
     def _position(self, token_id: int, logprobs: TokenLogprobs) -> PositionLogprobs:

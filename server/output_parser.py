@@ -78,6 +78,8 @@ class OutputFormat:
     call may name any tool: the client can say no."""
     parallel: bool = True
     """False: what follows the first call is dropped."""
+    named: bool = False
+    """The client has named the tool: to OpenAI an answer that calls it has simply stopped."""
     reasoning: ReasoningFormat | None = None
     thinking: bool = False
     """The prompt has opened the thoughts."""

@@ -121,7 +121,7 @@ class OutputReader:
             return Output(events, None)
         events += parser.finish(cut=delta.finish_reason == "length")
         self._metrics.parse_failures.inc(parser.failures)
-        calls = delta.finish_reason == "stop" and parser.ends_in_call
+        calls = delta.finish_reason == "stop" and parser.ends_in_call and not self._format.named
         return Output(events, "tool_calls" if calls else delta.finish_reason)
 
     def _begin(self, index: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ropeway.scheduler.client import EngineClient
+from ropeway.scheduler.grammar import Grammars
 from ropeway.scheduler.messages import ModelInfo
 from ropeway.server.admission import Admission, RejectReason
 from ropeway.server.errors import ApiError
@@ -45,6 +46,7 @@ class Services:
     tokenizer: TextTokenizer = field(init=False)
     """Filled by `load`, like `generator` and `presets`: use them only after `require_ready()`."""
     generator: Generator = field(init=False)
+    _grammars: Grammars | None = None
     presets: Presets = field(init=False)
 
     @property
@@ -56,6 +58,13 @@ class Services:
     def loaded(self) -> bool:
         """Whether the model was loaded once; stays true while the engine is being restarted."""
         return self.created > 0
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles grammars against the model's vocabulary."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer.backend.to_str, self.require_loaded().vocab_size)
+        return self._grammars
 
     async def load(self, info: ModelInfo) -> None:
         """The engine is ready for the first time: tokenizer, template and presets come from the files it wrote."""

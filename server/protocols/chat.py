@@ -4,14 +4,14 @@ from dataclasses import replace
 from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Body, Request, Response
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.output_parser import CallArguments, CallStart, Content, Event, OutputFormat, Reasoning
 from ropeway.server.output_reader import OutputReader
-from ropeway.server.protocols.conversation import Conversation, encode_conversation
+from ropeway.server.protocols.conversation import Conversation, conversation_edits, encode_conversation
 from ropeway.server.protocols.openai import Chunks, Head
 from ropeway.server.protocols.shared import answer_headers, generation_request, read_fields
 from ropeway.server.reasoning import Effort
@@ -19,6 +19,7 @@ from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogpr
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
+from ropeway.server.tool_choice import ToolChoice, read_tool_choice
 
 MAX_VARIABLES = 100
 TOOLS_HINT = "Tool calls come back as text in content: the chat template does not show their format, --tool-format may."
@@ -37,7 +38,7 @@ class ChatFields(SamplingFields):
     tools: ObjectList | None = Field(
         default=None, description=f"a list of at most {MAX_TOOLS} tools", max_length=MAX_TOOLS
     )
-    tool_choice: Any = Field(default=None, description="none or auto")
+    tool_choice: Any = Field(default=None, description="none, auto, required, or an object that names a tool")
     parallel_tool_calls: bool | None = Field(default=None, description="true or false")
     reasoning_effort: Effort | None = Field(default=None, description=f"one of {', '.join(get_args(Effort))}")
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -47,15 +48,19 @@ class ChatFields(SamplingFields):
     add_generation_prompt: bool | None = Field(default=None, description="true or false")
     continue_final_message: bool | None = Field(default=None, description="true or false")
 
+    _choice: ToolChoice = PrivateAttr(default_factory=ToolChoice)
+
+    @property
+    def choice(self) -> ToolChoice:
+        """What `tool_choice` means; filled by `check`."""
+        return self._choice
+
     def check(self) -> None:
         """What concerns two fields, or fields of which only a part is built. Raises: ApiError 400."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise invalid("continue_final_message needs add_generation_prompt: false.", "continue_final_message")
-        if self.tool_choice not in (None, "none", "auto"):
-            message = "tool_choice must be none or auto; required and named tools are not supported by this server yet."
-            raise invalid(message, "tool_choice", "unsupported_parameter")
         for place, tool in enumerate(self.tools or ()):
             function = tool.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -63,11 +68,13 @@ class ChatFields(SamplingFields):
             if not isinstance(function.get("parameters") or {}, dict):
                 param = f"tools[{place}].function.parameters"
                 raise invalid(f"{param} must be a JSON Schema, an object.", param)
+        names = [tool["function"]["name"] for tool in self.tools or ()]
+        self._choice = read_tool_choice(self.tool_choice, names)
 
     @property
     def rendered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model shall know of."""
-        return None if self.tool_choice == "none" else self.tools or None
+        return None if self.choice.mode == "none" else self.tools or None
 
     @property
     def conversation(self) -> Conversation:
@@ -76,6 +83,7 @@ class ChatFields(SamplingFields):
             messages=self.messages,
             tools=self.rendered_tools,
             parallel_tool_calls=self.parallel_tool_calls is not False,
+            named_tool=self.choice.named,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message or False,
             reasoning_effort=self.reasoning_effort,
@@ -100,7 +108,8 @@ def create_router(services: Services) -> APIRouter:
             record.settle(len(prompt.ids))
             logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
             plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
-            plan = replace(plan, kept_special_ids=prompt.output.kept_ids)
+            edits = await conversation_edits(services, fields, prompt, fields.choice)
+            plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
             generation = services.generator.start([plan], record)
         except BaseException as error:
             record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")

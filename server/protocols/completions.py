@@ -1,5 +1,6 @@
 """POST /v1/completions. Knows OpenAI's completion shape: prompts in, text out, no template."""
 
+from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any
 
@@ -11,7 +12,13 @@ from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.prompt_hints import prompt_hints
 from ropeway.server.protocols.openai import Chunks, Head, end_fields
-from ropeway.server.protocols.shared import answer_headers, encode_prompt, generation_request, read_fields
+from ropeway.server.protocols.shared import (
+    answer_headers,
+    encode_prompt,
+    generation_request,
+    read_fields,
+    structure_edits,
+)
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
@@ -80,6 +87,8 @@ def create_router(services: Services) -> APIRouter:
                 )
                 for place, prompt_ids in enumerate(ids)
             ]
+            edits = await structure_edits(services, fields)
+            plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
             generation = services.generator.start(plans, record)
         except BaseException as error:
             record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")

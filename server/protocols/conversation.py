@@ -4,17 +4,21 @@ Every protocol that chats ends here, with messages and tools in OpenAI's shape. 
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ropeway.scheduler.messages import EditSpec
 from ropeway.server.chat_template import ChatTemplate, missing_template
 from ropeway.server.errors import invalid
 from ropeway.server.output_parser import OutputFormat
 from ropeway.server.output_reader import output_format, reasoning_format
 from ropeway.server.protocols.shared import check_could_fit
 from ropeway.server.reasoning import Effort, template_variables
+from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
+from ropeway.server.structured import forced_calls, grammar_edit, read_structure
 from ropeway.server.tokenizer import INLINE_CHARS
+from ropeway.server.tool_choice import ToolChoice
 
 INLINE_MESSAGES = 10
 
@@ -27,6 +31,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     """Those that the model shall know of."""
     parallel_tool_calls: bool = True
+    named_tool: bool = False
+    """Whether the client has named the one tool to call."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     reasoning_effort: Effort | None = None
@@ -74,7 +80,25 @@ async def encode_conversation(services: Services, talk: Conversation) -> Prompt:
         continued=text(talk.messages[-1]) if talk.continue_final_message else None,
         skip_special_tokens=talk.skip_special_tokens,
     )
+    output = replace(output, named=talk.named_tool)
     return Prompt(await tokenizer.encode(pieces, add_special_tokens=False), output, ignored)
+
+
+async def conversation_edits(
+    services: Services, fields: SamplingFields, prompt: Prompt, choice: ToolChoice
+) -> list[EditSpec]:
+    """What makes the engine keep to the formats that a request asks of its answer. Raises: ApiError 400."""
+    structure, output = read_structure(fields), prompt.output
+    if choice.mode == "required":
+        structures = [forced_calls(output, choice.names, output.parallel and not choice.named)]
+        if structure is not None:
+            fields.ignore([structure.param])
+    elif structure is None:
+        return []
+    else:  # calls are answers as well
+        calls = [forced_calls(output, list(output.schemas), output.parallel)] if output.tools else []
+        structures = [*calls, structure]
+    return [await grammar_edit(services.grammars, services.tokenizer, structures, output)]
 
 
 def _render(template: ChatTemplate, talk: Conversation, variables: dict[str, Any]) -> list[str]:

@@ -5,18 +5,21 @@ Knows fields and the services; no protocol's shape, no engine, no sockets.
 
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Request
 
-from ropeway.scheduler.messages import ModelInfo
+from ropeway.scheduler.messages import EditSpec, ModelInfo
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation
 from ropeway.server.presets import COMPLETION_TOKENS, AnyFields
+from ropeway.server.processing import processing
 from ropeway.server.request import GenerationRequest
 from ropeway.server.sampling import check_ids, context_error, output_limit, sampling_params
 from ropeway.server.sampling_fields import SamplingFields, names_header
 from ropeway.server.services import Services, key_id
+from ropeway.server.structured import grammar_edit, read_structure
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_MS = 10**9
@@ -107,6 +110,7 @@ def generation_request(
         seed=services.settings.seed,
         first_index=first_index,
     )
+    sampling, edits = processing(fields, sampling, info)
     return GenerationRequest(
         prompt_ids=prompt_ids,
         sampling=sampling,
@@ -121,6 +125,7 @@ def generation_request(
         priority=fields.priority or 0,
         deadline=deadline(request, services.settings.request_timeout),
         max_time=fields.max_time,
+        edits=tuple(edits),
     )
 
 
@@ -149,10 +154,17 @@ async def start(
         plan = generation_request(
             services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
         )
+        plan = replace(plan, edits=(*await structure_edits(services, fields), *plan.edits))
         return plan, services.generator.start([plan], record)
     except BaseException as error:
         record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
         raise
+
+
+async def structure_edits(services: Services, fields: SamplingFields) -> list[EditSpec]:
+    """What makes the engine keep to the format that a request asks of a plain answer. Raises: ApiError 400."""
+    structure = read_structure(fields)
+    return [await grammar_edit(services.grammars, services.tokenizer, [structure])] if structure else []
 
 
 def truncated(prompt_ids: list[int], fields: SamplingFields, context: int) -> list[int]:

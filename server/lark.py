@@ -1,0 +1,33 @@
+"""Pieces of Lark grammars as llguidance reads them, made from plain text. Knows no fields, no formats."""
+
+import json
+import re
+from collections.abc import Callable
+
+Marker = Callable[[str], int | None]
+"""marker(text): the id of the token that llguidance keeps apart from all text and that is written so, None if there is
+none and the text is spelled in plain tokens."""
+
+ANYTHING = r"(.|\n)*"
+
+
+def literal(text: str) -> str:
+    """The text itself, as a string of a grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def atom(text: str, marker: Marker) -> str:
+    """A marker: its token, or its text."""
+    id = marker(text)
+    return literal(text) if id is None else f"<[{id}]>"
+
+
+def up_to(name: str, end: str, marker: Marker) -> str:
+    """Rules for any text up to the first `end`, which is part of it; `name` is the rule's, in small letters."""
+    pattern = re.escape(end).replace("/", r"\/").replace("\\\n", r"\n")
+    id = marker(end)
+    if id is None:
+        return f"{name}[lazy]: /{ANYTHING}{pattern}/\n"
+    text = name.upper()
+    # Spelled in plain tokens the marker would end the text as well, for whoever reads it.
+    return f"{name}: {text} <[{id}]>\n{text}: /{ANYTHING}/ & ~/{ANYTHING}{pattern}{ANYTHING}/\n"
