@@ -4,10 +4,10 @@ Envelope    request id, access log, 500          outermost
 CORS        only with --allowed-origins
 Auth        only with keys
 BodyLimit   408, 413, 415
-routes      every error of theirs in the one JSON shape
+routes      their errors, as all others, in the shape of the path's protocol
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -43,8 +43,11 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             HTTPException: on_http_exception,
         },
     )
+    error_bodies: dict[str, Callable[[ApiError], Any]] = {}
     for module in (chat, completions, responses, messages, tgi, load_model, models, tokenize, health, metrics):
-        app.include_router(module.create_router(services))
+        router = module.create_router(services)
+        error_bodies |= {route.path: route.error_body for route in router.routes if isinstance(route, JsonRoute)}
+        app.include_router(router)
     app.add_middleware(BodyLimit, on_reject=services.metrics.rejected)  # the last one added is the outermost
     if keys:
         app.add_middleware(Auth, keys=keys, root_path=settings.root_path)
@@ -56,14 +59,14 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", "x-ignored-params", "x-ropeway-hint"],
         )
-    app.add_middleware(Envelope, metrics=services.metrics, root_path=settings.root_path)
+    app.add_middleware(Envelope, metrics=services.metrics, root_path=settings.root_path, error_bodies=error_bodies)
     return app
 
 
 async def on_api_error(request: Request, error: Exception) -> Response:
     """Our own errors."""
     assert isinstance(error, ApiError)
-    return shaped(request, error)
+    return error_response(error, request.scope)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -71,19 +74,14 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "invalid_value")
     message = f"{request.method} {request.scope['path'][:LONGEST_PARAM]}: {error.detail}."
-    return error_response(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
+    refusal = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+    return error_response(refusal, request.scope)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """A body or parameter of the wrong type: 400, not 422; names the field, never repeats its value."""
     assert isinstance(error, RequestValidationError)
-    return shaped(request, validation_error(error.errors()))
-
-
-def shaped(request: Request, error: ApiError) -> Response:
-    """An error in the shape of the route's protocol."""
-    route = request.scope.get("route")
-    return error_response(error, route.error_body(error) if isinstance(route, JsonRoute) else None)
+    return error_response(validation_error(error.errors()), request.scope)
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:

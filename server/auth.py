@@ -35,7 +35,7 @@ class Auth:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         scope["state"]["key_id"] = key_id
         await self._app(scope, receive, send)

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,9 +41,10 @@ _access = logging.getLogger("ropeway.access")
 _log = logging.getLogger("ropeway.server")
 
 
-def error_response(error: ApiError, body: Any = None) -> Response:
-    """The one JSON shape, or a protocol's own. Plain ASCII, so that no text of a client's can make it fail."""
-    return Response(json.dumps(body or error.body()), error.status, error.headers, "application/json")
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """In the shape of the path's protocol. Plain ASCII, so that no text of a client's can make it fail."""
+    body = scope.get("state", {}).get("error_body", ApiError.body)(error)
+    return Response(json.dumps(body), error.status, error.headers, "application/json")
 
 
 def route_template(scope: Scope) -> str:
@@ -56,22 +57,31 @@ class Envelope:
 
     Args:
         root_path: prefix under which a proxy shows the server, "" for none.
+        error_bodies: by path, what gives the JSON document of an error there; OpenAI's shape where none does.
     """
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics, root_path: str = "") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: RequestMetrics,
+        root_path: str = "",
+        error_bodies: Mapping[str, Callable[[ApiError], Any]] | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._root_path = root_path
+        self._error_bodies = error_bodies or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the request; `state` gets `request_id` and `arrival` (monotonic seconds)."""
+        """Runs the request; `state` gets `request_id`, `arrival` (monotonic seconds) and `error_body`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         self._set_root_path(scope)
         request_id = self._request_id(scope)
         arrival = time.monotonic()
-        scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival)
+        error_body = self._error_bodies.get(scope["path"].removeprefix(self._root_path), ApiError.body)
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival, error_body=error_body)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -92,7 +102,7 @@ class Envelope:
                     code="engine_error",
                     headers={"x-should-retry": "false"},
                 )
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error, scope)(scope, receive, send_with_id)
         finally:
             self._note(scope, status or CLIENT_LEFT, time.monotonic() - arrival)
 
@@ -187,12 +197,12 @@ class BodyLimit:
             async with asyncio.timeout(self._seconds):
                 body = await self._read(receive, share)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         except TimeoutError:
             message = f"The body was not complete after {self._seconds:g} s."
             slow = ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
-            await error_response(slow)(scope, receive, send)
+            await error_response(slow, scope)(scope, receive, send)
             return
         if body is None:
             return  # the client left; there is nobody to answer

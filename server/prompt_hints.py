@@ -31,7 +31,7 @@ def prompt_hints(tokenizer: TextTokenizer, prompt: str | list[int], ids: list[in
         texts = {tokenizer.backend.id_to_token(id) for id in set(ids) if tokenizer.is_special(id)}
         spelled = sorted(text for text in texts if text and text in prompt)
         if spelled:
-            hints.append(SPECIAL.format(", ".join(spelled[:MAX_SHOWN])))
+            hints.append(SPECIAL.format(", ".join(map(ascii, spelled[:MAX_SHOWN]))))  # headers and logs hold no more
         elif tokenizer.chat_template is not None:
             hints.append(NO_TEMPLATE)
     for hint in hints:

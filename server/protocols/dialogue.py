@@ -26,7 +26,7 @@ async def converse(
     renamed: Mapping[str, str],
     param: str,
 ) -> tuple[Generation, OutputReader]:
-    """Admits, renders and submits a conversation; gives what reads its answer.
+    """Admits, renders and submits a conversation; gives what reads its answer, which is one whatever `n` says.
 
     Args:
         renamed: fields of a conversation -> what this protocol calls them, for those that change nothing.
@@ -38,6 +38,7 @@ async def converse(
     try:
         prompt = await encode_conversation(services, talk)
         fields.ignore([renamed.get(name, name) for name in prompt.ignored])
+        fields.ignore([name for name in ("n", "num_return_sequences") if getattr(fields, name) not in (None, 1)])
         record.settle(len(prompt.ids))
         plan = generation_request(
             services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param

@@ -40,7 +40,7 @@ class MessagesFields(SamplingFields):
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
         given = self.stop_sequences
-        return (given,) if isinstance(given, str) else tuple(given or ())
+        return (*((given,) if isinstance(given, str) else given or ()), *super().stops)
 
     @property
     def effort(self) -> Effort | None:
@@ -132,7 +132,7 @@ def convert(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
                 thoughts.append(str(part.get("thinking") or ""))
             case _:
                 raise invalid(f"{here}.type is not one that this model takes from a {role}.", here)
-    if not texts and not calls and not thoughts:
+    if results and not (texts or calls or thoughts):
         return results
     said: dict[str, Any] = {"role": role, "content": "".join(texts)}
     if thoughts:

@@ -59,8 +59,8 @@ class ResponsesFields(SamplingFields):
         if self.tool_choice not in (None, "none", "auto"):
             message = "tool_choice must be none or auto; required and named tools are not supported by this server yet."
             raise invalid(message, "tool_choice", "unsupported_parameter")
-        kind = ((self.text or {}).get("format") or {"type": "text"}).get("type")
-        if kind != "text":
+        shape = (self.text or {}).get("format") or {"type": "text"}
+        if not isinstance(shape, dict) or shape.get("type") != "text":
             message = "text.format must be of type text; others are not supported by this server yet."
             raise invalid(message, "text", "unsupported_parameter")
         if isinstance(self.input, list) and len(self.input) > MAX_MESSAGES:
@@ -177,8 +177,10 @@ def assistant_turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tool_object(place: int, tool: dict[str, Any]) -> dict[str, Any]:
-    """A function in the shape of chat completions. Raises: ApiError 400 for tools that OpenAI's own servers run."""
+    """A function in the shape of chat completions. Raises: ApiError 400, also for tools that OpenAI's servers run."""
     if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
         raise invalid(f"tools[{place}] must be of type function and have a name.", f"tools[{place}]")
+    if not isinstance(tool.get("parameters") or {}, dict):
+        raise invalid(f"tools[{place}].parameters must be a JSON Schema, an object.", f"tools[{place}].parameters")
     kept = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
     return {"type": "function", "function": kept}

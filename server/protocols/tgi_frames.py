@@ -26,6 +26,7 @@ class Frames:
         self._with_details = details
         self._text = echo
         self._pending = ""
+        self._last: PositionLogprobs | None = None
         self._sent = 0
         self._count = 0
 
@@ -61,6 +62,11 @@ class Frames:
                 self._count += 1
                 document = {"index": self._count, "token": token, "generated_text": None, "details": None}
                 documents.append(document | self._top([position], one=True))
+            self._last = delta.logprobs[-1]
+        if delta.finish_reason is not None and not documents and self._last is not None:
+            # The time was over between two tokens: the last one says it again, with the text that was held back.
+            token = self._token(self._last.token_id, self._pending, self._last.logprob)
+            documents.append({"index": self._count, "token": token})
         if delta.finish_reason is not None and documents:
             documents[-1] |= {"generated_text": self._text, "details": self._end(delta, self._count)}
             documents[-1]["details"]["input_length"] = len(self._plan.prompt_ids)

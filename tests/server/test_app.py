@@ -82,6 +82,20 @@ async def test_poison_bodies_on_other_protocols(app: FastAPI, path: str) -> None
             assert answer.status_code == 400 and ours and message.endswith(".")
 
 
+async def test_shapes_outside_of_routes(app: FastAPI) -> None:
+    """Guards clients of another protocol: errors from before their route, and of the router, are readable as well."""
+    async with client(app) as http:
+        refusals = [await http.post("/v1/messages", content=b"{}"), await http.get("/v1/messages")]
+        assert [answer.json()["error"]["code"] for answer in refusals] == [
+            "unsupported_media_type",
+            "method_not_allowed",
+        ]
+        assert {answer.json()["type"] for answer in refusals} == {"error"}
+        refusals = [await http.post("/generate", content=b"{}"), await http.get("/generate")]
+        assert {answer.json()["error_type"] for answer in refusals} == {"generation"}
+        assert all(answer.headers["x-request-id"] for answer in refusals)
+
+
 def test_every_route_with_a_body_is_strict(app: FastAPI) -> None:
     """Guards the list above: a new route with a body must be in it."""
     posts = {path for path, item in app.openapi()["paths"].items() if "post" in item}

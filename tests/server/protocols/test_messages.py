@@ -124,6 +124,21 @@ async def test_conversation() -> None:
     assert '"parameters": {"type": "object"}' in server.prompt and server.prompt.endswith("<think></think>")
 
 
+async def test_a_message_without_parts() -> None:
+    """Guards against a 500: it is an empty message."""
+    server = TalkServer("!")
+    await whole(server, messages=[{"role": "user", "content": []}])
+    assert server.prompt.removeprefix("<s>") == "user: \n>"
+
+
+async def test_fields_of_other_protocols() -> None:
+    """Guards against silence: other names of stop sequences count too, and there is one answer whatever n says."""
+    server = TalkServer("Hi there", finish="length")
+    wire = await server.post(PATH, body(stop="the", n=2))
+    assert json.loads(wire.body)["stop_sequence"] == "the" and wire.headers["x-ignored-params"] == "n"
+    assert server.engine.submitted[-1].n == 1
+
+
 async def test_count_tokens() -> None:
     """Guards clients that plan: the number is the prompt's that the engine would get."""
     server = TalkServer("!")

@@ -105,6 +105,8 @@ async def test_conversation() -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"), ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"), ({"text": {"format": {"type": "json_schema"}}}, "text"),
+        ({"text": {"format": "text"}}, "text"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
         ({"truncation": "auto"}, "truncation"), ({"reasoning": {"effort": "x"}}, "reasoning"),
         ({"model": "other"}, "model"), ({"top_logprobs": 3}, "top_logprobs"), ({"max_output_tokens": 10**6}, "input"),
     ],

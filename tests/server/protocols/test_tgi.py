@@ -81,6 +81,15 @@ async def test_end_token_and_stop_sequence() -> None:
     assert events[-1]["details"]["finish_reason"] == "stop_sequence"
 
 
+async def test_an_end_without_a_token() -> None:
+    """Guards max_time: where it ends an answer between two tokens, an event says so, with the text held back."""
+    server = Server([[row(0, ids("Hello"), logprobs=0)]])
+    server.engine.open_end = True
+    events = documents(await ask(server, "/generate_stream", max_time=0.02, stop=["Hello there"]))
+    assert events[-1]["generated_text"] == "Hello" == "".join(event["token"]["text"] for event in events)
+    assert events[-1]["details"]["generated_tokens"] == len(ids("Hello")) == events[-1]["index"]
+
+
 async def test_details() -> None:
     """Guards `details`: tokens with their texts and logprobs, and top tokens if asked for."""
     answer = json.loads((await ask(Server(rows(logprobs=2)), "/generate", details=True, top_n_tokens=2)).body)
