@@ -16,7 +16,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x [..., K], weight [N, K], bias [N] or None, all of one dtype and device -> [..., N] in that dtype."""
     inputs = x.shape[-1]
     rows = x.numel() // inputs
-    fits = x.is_cuda and x.dtype == weight.dtype != torch.float32 and inputs % 16 == 0 and weight.is_contiguous()
+    halves = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    fits = x.is_cuda and halves and inputs % 16 == 0 and weight.is_contiguous()
     if fits and 1 <= rows <= max_rows(weight.shape[0], weight.dtype):
         return few_rows_linear(x.reshape(rows, inputs), weight, bias).view(*x.shape[:-1], -1)
     return nn.functional.linear(x, weight, bias)

@@ -128,6 +128,7 @@ def load_model(
 
 
 def _device(name: str) -> torch.device:
+    """Where the model goes. A GPU becomes this thread's current one: that is where Triton launches."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -138,6 +139,8 @@ def _device(name: str) -> torch.device:
         raise UnsupportedSetting(f"Device {name!r} is not supported: say cpu, cuda or cuda:1.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedSetting(f"There is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

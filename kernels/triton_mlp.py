@@ -19,7 +19,7 @@ BLOCK = 1024
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate), rounded to its dtype, times up: two [..., I] with rows as in `normalise` -> [..., I] contiguous.
+    """activation(gate), rounded to its dtype, times up: [..., I] with rows as in `normalise` -> [..., I], contiguous.
 
     activation: silu, gelu (by erf) or gelu_tanh (its approximation).
     """

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ropeway.kernels.linear as linear_module
 from ropeway.kernels.linear import linear, use_fast_linears
 
 
@@ -28,6 +30,22 @@ def test_shapes(shape: tuple[int, ...], bias: bool) -> None:
     layer = nn.Linear(8, 12, bias=bias)
     x = torch.randn(shape)
     torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_only_halves_take_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --dtype float64 on a GPU: the kernel sums in fp32."""
+    seen: list[torch.dtype] = []
+
+    def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append(x.dtype)
+        return x.new_empty(len(x), len(weight))
+
+    monkeypatch.setattr(linear_module, "few_rows_linear", few_rows)
+    with FakeTensorMode():
+        x, weight = (torch.empty(rows, 32, dtype=dtype, device="cuda") for rows in (2, 64))
+        assert linear(x, weight).shape == (2, 64)
+    assert seen == [dtype] * (dtype.itemsize == 2)
 
 
 def test_only_plain_layers_are_swapped() -> None:

@@ -46,6 +46,16 @@ def change_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_the_second_gpu_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards --device cuda:1: Triton launches on the current device, wherever the tensors are."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(NotAModel):
+        load_model(str(tmp_path), device="cuda:1")
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_loads_what_was_saved(folder: Path) -> None:
     """Guards the facts that limits, memory and messages are made from."""
     seen: list[float] = []
