@@ -58,11 +58,16 @@ class CudaCapture:
         try:
             with _refusing_to_wait():
                 launches()
+            torch.cuda.synchronize(self._stream.device)
+            graph = self._captured(launches)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise Uncapturable(str(error)) from error
         torch.cuda.synchronize(self._stream.device)
+        return graph.replay
+
+    def _captured(self, launches: Launches) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which gives all cached memory back to the device before every capture.
         with torch.cuda.stream(self._stream):
@@ -71,8 +76,7 @@ class CudaCapture:
                 launches()
             finally:
                 graph.capture_end()
-        torch.cuda.synchronize(self._stream.device)
-        return graph.replay
+        return graph
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """StepGraphs: which size a step takes; and steps rounded up to sizes, replayed, against steps as they come."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from ragged_steps import BLOCK_SIZE, CPU
 from replayed import CHUNK, NUM_BLOCKS, ROWS, TrueLengths, repeat, requests, run
 
 from ropeway.kernels.graphs import (
+    CudaCapture,
     StepGraph,
     StepGraphs,
     Uncapturable,
@@ -132,6 +135,42 @@ def test_what_cannot_be_captured_is_tried_once() -> None:
     assert graphs.refusal == "it waits"
     assert graphs.find(Size(4, 4)) is None
     assert tried == [Size(8, 8)]
+
+
+class FakeGraph:
+    """Remembers whether its capture was ended."""
+
+    ended = 0
+
+    def capture_begin(self, **options: object) -> None: ...
+
+    def capture_end(self) -> None:
+        FakeGraph.ended += 1
+
+    def replay(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_a_capture_that_fails_in_its_middle_is_refused(
+    kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards libraries that launch on a stream of their own, which only the capture itself shows: the server starts,
+    without graphs. What lacks memory says so, as before."""
+    stream = SimpleNamespace(device=CPU)
+    fakes = {"Stream": lambda device: stream, "CUDAGraph": FakeGraph, "stream": nullcontext}
+    fakes |= {name: lambda *args: None for name in ("graph_pool_handle", "synchronize", "set_sync_debug_mode")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    runs, ended = [], FakeGraph.ended
+
+    def launches() -> None:
+        runs.append(1)
+        if len(runs) == 2:
+            raise kind("not permitted when a stream is capturing")
+
+    with pytest.raises(Uncapturable if kind is RuntimeError else kind, match="not permitted"):
+        CudaCapture(CPU)(launches)
+    assert len(runs) == 2 and FakeGraph.ended == ended + 1
 
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 2048), (5, 128), (64, 512), (256, 8192), (1024, 2048)])
