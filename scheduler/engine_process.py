@@ -58,7 +58,12 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
     # of a small model took 160 ms instead of 15 on two busy cores. OpenMP reads it once, when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ropeway.kernels.build import build_runner
+    from ropeway.scheduler.grammar import GRAMMAR, Grammars
+    from ropeway.scheduler.grammar_edit import GrammarBuilder
+    from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
     from ropeway.scheduler.text_export import export_text
+
+    registry = Registry.installed()
 
     runner, info = build_runner(
         config.model,
@@ -81,7 +86,11 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         compiling=lambda stage, done: progress("compiling", stage, 0.85 + 0.1 * done),
     )
     progress("loading", "writing the tokenizer", 0.95)
-    export_text(config, text_dir)
+    tokenizer = export_text(config, text_dir)
+    builders: dict[str, BuildEdit] = {
+        GRAMMAR: GrammarBuilder(Grammars(tokenizer.backend_tokenizer.to_str, info.vocab_size)),
+        PROCESSORS: ProcessorBuilder(registry, tokenizer, info.vocab_size, info.device),
+    }
     on_gpu = info.device.startswith("cuda")
     model_info = ModelInfo(
         model=config.model,
@@ -102,9 +111,11 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         text_dir=text_dir,
         step_timeout=config.step_timeout or (GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT),
         quantization=info.quantization,
+        logits_processors=sorted(registry.logits_processors),
+        stopping_criteria=sorted(registry.stopping_criteria),
     )
     lag = config.lag if config.lag is not None else (1 if on_gpu else 0)
-    return Loaded(runner, model_info, lag)
+    return Loaded(runner, model_info, lag, builders)
 
 
 def serve(context: EngineContext, load: Load) -> None:

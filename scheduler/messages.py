@@ -122,6 +122,9 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Seconds without a finished step, work queued, after which the engine counts as hung."""
     quantization: str | None = None
     """How the weights are quantised; None if they are not."""
+    logits_processors: list[str] = []
+    """Names that a request may use, as in `stopping_criteria`."""
+    stopping_criteria: list[str] = []
 
 
 class EngineReady(msgspec.Struct, tag="ready"):

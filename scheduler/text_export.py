@@ -19,8 +19,8 @@ from ropeway.scheduler.config import EngineConfig
 GENERATION_CONFIG = "generation_config.json"
 
 
-def export_text(config: EngineConfig, text_dir: str) -> None:
-    """Makes the folder `text_dir` and fills it.
+def export_text(config: EngineConfig, text_dir: str) -> PreTrainedTokenizerBase:
+    """Makes the folder `text_dir` and fills it; returns the tokenizer.
 
     tokenizer.json            for `tokenizers.Tokenizer.from_file`
     special_tokens.json       role -> text ("bos_token": "<s>"), the variables that chat templates see
@@ -39,6 +39,7 @@ def export_text(config: EngineConfig, text_dir: str) -> None:
         (folder / name).write_text(template, encoding="utf-8")
     for name, preset in _presets(config).items():
         _write_json(folder / name, preset)
+    return tokenizer
 
 
 def _load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase:

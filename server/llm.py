@@ -24,6 +24,7 @@ from ropeway.scheduler.request_stream import EngineFailed
 from ropeway.server.errors import ApiError, UsageError
 from ropeway.server.generator import Generation, Generator, Outcome, collect
 from ropeway.server.presets import DEFAULT_FILE, Presets
+from ropeway.server.processing import processing
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling import check_ids, output_limit, sampling_params
 from ropeway.server.sampling_fields import SamplingFields
@@ -250,15 +251,18 @@ class LLM:
             raise ApiError(400, "A prompt must have at least one token.")
         check_ids(ids, self._info.vocab_size, "A prompt")
         first = place * fields.choices
+        sampling = sampling_params(
+            fields,
+            vocab_size=self._info.vocab_size,
+            eos_token_ids=self._tokenizer.eos_token_ids,
+            logprobs=None,
+            first_index=first,
+        )
+        sampling, edits = processing(fields, sampling, self._info)
         return GenerationRequest(
             prompt_ids=ids,
-            sampling=sampling_params(
-                fields,
-                vocab_size=self._info.vocab_size,
-                eos_token_ids=self._tokenizer.eos_token_ids,
-                logprobs=None,
-                first_index=first,
-            ),
+            sampling=sampling,
+            edits=tuple(edits),
             max_tokens=output_limit(fields, len(ids), self._info.max_model_len, None),
             n=fields.choices,
             first_index=first,

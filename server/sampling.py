@@ -69,9 +69,16 @@ def sampling_params(
 
 def check_fields_ids(fields: SamplingFields, vocab_size: int) -> None:
     """Raises ApiError 400 where a list of ids leaves the vocabulary."""
-    for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens"):
+    for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens"):
         check_ids(getattr(fields, name) or [], vocab_size, name)
-    check_ids(fields.eos_ids or [], vocab_size, "eos_token_id")
+    for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        ids = getattr(fields, name)
+        check_ids([ids] if isinstance(ids, int) else ids or [], vocab_size, name)
+    for ids in fields.bad_words_ids or []:
+        check_ids(ids, vocab_size, "bad_words_ids")
+    for ids, _ in fields.sequence_bias or []:
+        assert isinstance(ids, list)
+        check_ids(ids, vocab_size, "sequence_bias")
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:

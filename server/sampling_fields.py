@@ -6,30 +6,38 @@ together. A field's description completes the sentence "FIELD must be ...": it i
 documentation.
 """
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import quote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ropeway.server.errors import ApiError, invalid
 
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
 MAX_LISTED_IDS = 1024
+MAX_SEQUENCES, MAX_SEQUENCE_IDS = 128, 64
+MAX_NAMED = 16
+NAMED = f"a list of at most {MAX_NAMED} objects with a name and, if it takes any, args"
 MAX_CONFIG_CHARS = 2**16
 MAX_MESSAGES, MAX_TOOLS = 10_000, 1024
 LONGEST_NAME = 64
 """Characters of an unknown field's name that are repeated to the client."""
 GREEDY_BELOW = 1e-5
 """Temperatures under this are 0: dividing logits by them would overflow."""
-OFF: dict[str, tuple[float, ...]] = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "typical_p": (1,)}
+OFF: dict[str, tuple[float, ...]] = {
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "top_h": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
 """Fields that shape sampling -> their values that do nothing."""
 
 UNBUILT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "bad_words": (),
-    "bad_words_ids": (),
-    "begin_suppress_tokens": (),
     "best_of": (),  # harmless where it equals n, see `_check_unbuilt`
     "chat_template": (),
     "constraints": (),
@@ -38,43 +46,20 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (0,),
     "dola_layers": (),
     "early_stopping": (False,),
-    "ebnf": (),
     "echo": (False,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "exponential_decay_length_penalty": (),
     "force_words_ids": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "function_call": ("none", "auto"),
     "functions": (),
-    "grammar": (),
     "guidance_scale": (1,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1,),
-    "logits_processors": (),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
     "penalty_alpha": (0,),
     "prompt_logprobs": (),
     "prompt_lookup_num_tokens": (),
-    "regex": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
-    "sequence_bias": (),
-    "stopping_criteria": (),
-    "structured_outputs": (),
     "suffix": ("",),
     "token_healing": (False,),
-    "top_h": (),
-    "typical_p": (1,),
-    "watermarking_config": (),
 }
 """Fields of the contract that are not built yet -> the values that ask for nothing (null and empties never do)."""
 
@@ -83,6 +68,7 @@ IdList = Annotated[list[int], Field(fail_fast=True)]
 """Fails at the first wrong element, as every list of a body must: an error each costs seconds on the event loop."""
 StopTexts = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None
 STOP = f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_STOP_CHARS} characters"
+IdLists = Annotated[list[Annotated[IdList, Field(min_length=1, max_length=MAX_SEQUENCE_IDS)]], Field(fail_fast=True)]
 ObjectList = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
@@ -93,6 +79,48 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+def _bias_pair(pair: list[list[int] | float]) -> list[list[int] | float]:
+    ids, bias = pair
+    if not (isinstance(ids, list) and 0 < len(ids) <= MAX_SEQUENCE_IDS):
+        raise ValueError
+    if isinstance(bias, list) or not -1e6 <= bias <= 1e6:
+        raise ValueError
+    return pair
+
+
+def _decay_pair(pair: list[int | float]) -> list[int | float]:
+    start, factor = pair
+    if not isinstance(start, int) or not (0 <= start < 2**31 and 0 < factor <= 100):
+        raise ValueError
+    return pair
+
+
+_PAIR = Field(min_length=2, max_length=2, fail_fast=True)
+BiasPair = Annotated[list[IdList | float], _PAIR, AfterValidator(_bias_pair)]
+DecayPair = Annotated[list[int | float], _PAIR, AfterValidator(_decay_pair)]
+
+
+class Named(BaseModel):
+    """Something registered under a name, and its arguments."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    args: Annotated[dict[str, Any], Field(max_length=64)] = {}
+
+
+class Watermarking(BaseModel):
+    """transformers' WatermarkingConfig."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    greenlist_ratio: Annotated[float, Field(ge=0, le=1)] = 0.25
+    bias: Annotated[float, Field(ge=-100, le=100)] = 2.0
+    hashing_key: Annotated[int, Field(ge=0, lt=2**31)] = 15485863
+    seeding_scheme: Literal["lefthash", "selfhash"] = "lefthash"
+    context_width: Annotated[int, Field(ge=1, le=16)] = 1
 
 
 def _short(value: Any) -> Any:
@@ -116,9 +144,42 @@ class SamplingFields(BaseModel):
     top_p: float | None = _number("a number above 0 and up to 1 (off)", gt=0, le=1)
     top_k: int | None = _number("an integer of at least 1, or 0 or -1 (off)", ge=-1, lt=2**31)
     min_p: float | None = _number("a number from 0 (off) to 1", ge=0, le=1)
+    typical_p: float | None = _number("a number above 0 and up to 1 (off)", gt=0, le=1)
+    top_h: float | None = _number("a number above 0 and up to 1", gt=0, le=1)
+    epsilon_cutoff: float | None = _number("a number from 0 (off) to 1, which is excluded", ge=0, lt=1)
+    eta_cutoff: float | None = _number("a number from 0 (off) to 1, which is excluded", ge=0, lt=1)
     repetition_penalty: float | None = _number("a number from 0.01 to 100 (1 is off)", ge=0.01, le=100)
     frequency_penalty: float | None = _number("a number from -2 to 2", ge=-2, le=2)
     presence_penalty: float | None = _number("a number from -2 to 2", ge=-2, le=2)
+    encoder_repetition_penalty: float | None = _number("a number from 0.01 to 100 (1 is off)", ge=0.01, le=100)
+    no_repeat_ngram_size: int | None = _number("an integer of at least 1, or 0 (off)", ge=0, lt=2**31)
+    encoder_no_repeat_ngram_size: int | None = _number("an integer of at least 1, or 0 (off)", ge=0, lt=2**31)
+    bad_words: Annotated[list[StopText], Field(fail_fast=True)] | None = _number(
+        f"a list of at most {MAX_SEQUENCES} strings, each of 1 to {MAX_STOP_CHARS} characters", max_length=MAX_SEQUENCES
+    )
+    bad_words_ids: IdLists | None = _number(
+        f"a list of at most {MAX_SEQUENCES} lists, each of 1 to {MAX_SEQUENCE_IDS} token ids", max_length=MAX_SEQUENCES
+    )
+    sequence_bias: Annotated[list[BiasPair], Field(fail_fast=True)] | None = _number(
+        f"a list of at most {MAX_SEQUENCES} pairs: a list of 1 to {MAX_SEQUENCE_IDS} token ids, a number from -1e6 to "
+        "1e6",
+        max_length=MAX_SEQUENCES,
+    )
+    exponential_decay_length_penalty: DecayPair | None = _number(
+        "a pair: an integer of at least 0 (the output token after which EOS gets likelier), a number above 0 and up to "
+        "100 (how much, to the power of the tokens since)"
+    )
+    begin_suppress_tokens: IdList | None = _number(
+        f"a list of at most {MAX_LISTED_IDS} token ids", max_length=MAX_LISTED_IDS
+    )
+    forced_bos_token_id: int | None = _number("a token id")
+    forced_eos_token_id: int | IdList | None = _number(f"a token id or a list of at most {MAX_LISTED_IDS} of them")
+    watermarking_config: Watermarking | None = _number(
+        "an object with greenlist_ratio (0 to 1), bias (-100 to 100), hashing_key (an integer from 0 to 2^31 - 1), "
+        "seeding_scheme (lefthash or selfhash) and context_width (1 to 16)"
+    )
+    logits_processors: Annotated[list[Named], Field(fail_fast=True)] | None = _number(NAMED, max_length=MAX_NAMED)
+    stopping_criteria: Annotated[list[Named], Field(fail_fast=True)] | None = _number(NAMED, max_length=MAX_NAMED)
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_short)] = (
         _number(
             f"an object of at most {MAX_LISTED_IDS} token ids with numbers from -100 to 100", max_length=MAX_LISTED_IDS
@@ -155,6 +216,16 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = _number("true or false")
     skip_special_tokens: bool | None = _number("true or false")
     include_stop_str_in_output: bool | None = _number("true or false")
+    response_format: dict[str, Any] | None = _number("an object with type text, json_object or json_schema")
+    structured_outputs: dict[str, Any] | None = _number("an object with one of json, regex, choice, grammar")
+    guided_json: dict[str, Any] | str | None = _number("a JSON Schema")
+    guided_regex: str | None = _number("a string: a regular expression")
+    guided_choice: list[Any] | None = _number("a list of strings")
+    guided_grammar: str | None = _number("a string: a grammar")
+    guided_whitespace_pattern: str | None = _number("a string: a regular expression")
+    regex: str | None = _number("a string: a regular expression")
+    ebnf: str | None = _number("a string: a grammar")
+    grammar: dict[str, Any] | str | None = _number("an object with type and value, or the text of a grammar")
     stream: bool | None = _number("true or false")
     stream_options: StreamOptions | None = _number(
         "an object with include_usage and continuous_usage_stats, each true or false"
@@ -215,8 +286,10 @@ class SamplingFields(BaseModel):
             raise invalid("temperature must be above 0 with do_sample: true.", "temperature")
         if self.truncate_prompt_tokens == 0:
             raise invalid("truncate_prompt_tokens must be at least 1, or -1.", "truncate_prompt_tokens")
-        if isinstance(self.eos_token_id, list) and len(self.eos_token_id) > MAX_LISTED_IDS:
-            raise invalid(f"eos_token_id must hold at most {MAX_LISTED_IDS} token ids.", "eos_token_id")
+        for name in ("eos_token_id", "forced_eos_token_id"):
+            ids = getattr(self, name)
+            if isinstance(ids, list) and len(ids) > MAX_LISTED_IDS:
+                raise invalid(f"{name} must hold at most {MAX_LISTED_IDS} token ids.", name)
         if self.n is not None and self.num_return_sequences not in (None, self.n):
             raise invalid("num_return_sequences must equal n where both are given.", "num_return_sequences")
         if self.do_sample is False:

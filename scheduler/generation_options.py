@@ -1,0 +1,105 @@
+"""Options of `generate()` that are transformers' own processors here, one object per row, in transformers' order.
+
+The order is that of `GenerationMixin._get_logits_processor`; a row's registered processors go between the two halves.
+An option that does not commute with one that the sampler has natively brings that one along: the server then sends
+temperature, top-k, top-p, min-p or the repetition penalty as options too, and tells the sampler that they are off.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, WatermarkingConfig
+from transformers.generation import logits_process as hf
+
+from ropeway.scheduler.row import Row
+
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(ids [1, T] int64, scores [1, V] fp32) -> scores [1, V]."""
+Named = list[tuple[str, Processor]]
+
+
+def option_processors(
+    options: Mapping[str, Any],
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    device: torch.device,
+) -> tuple[Named, Named]:
+    """What goes before a row's own processors, and what goes after them.
+
+    Args:
+        options: transformers' names -> values that ask for something; and `bad_words`, a list of texts.
+        tokenizer: for `bad_words`.
+        vocab_size: width of the logits.
+        device: where scores are.
+    """
+    prompt = torch.tensor([row.prompt_ids], device=device)
+    ends = torch.tensor(sorted(row.stop_ids), dtype=torch.int64, device=device)
+    after_first = len(row.prompt_ids) == 1 and "forced_bos_token_id" in options
+    before: dict[str, Callable[[Any], Processor]] = {
+        "sequence_bias": lambda pairs: hf.SequenceBiasLogitsProcessor({tuple(ids): float(bias) for ids, bias in pairs}),
+        "encoder_repetition_penalty": lambda value: hf.EncoderRepetitionPenaltyLogitsProcessor(value, prompt),
+        "repetition_penalty": hf.RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": hf.NoRepeatNGramLogitsProcessor,
+        "encoder_no_repeat_ngram_size": lambda size: hf.EncoderNoRepeatNGramLogitsProcessor(size, prompt),
+        "bad_words_ids": lambda ids: _without(ids, row.stop_ids),
+        "bad_words": lambda words: _without(bad_words_ids(words, tokenizer), row.stop_ids),
+        "forced_bos_token_id": hf.ForcedBOSTokenLogitsProcessor,
+        "forced_eos_token_id": lambda ids: hf.ForcedEOSTokenLogitsProcessor(row.max_length, ids, _name(device)),
+        "exponential_decay_length_penalty": lambda pair: _Decay(pair, ends, row.num_prompt),
+        "begin_suppress_tokens": lambda ids: hf.SuppressTokensAtBeginLogitsProcessor(
+            ids, row.num_prompt + after_first, _name(device)
+        ),
+    }
+    after: dict[str, Callable[[Any], Processor]] = {
+        "temperature": hf.TemperatureLogitsWarper,
+        "top_h": hf.TopHLogitsWarper,
+        "top_k": hf.TopKLogitsWarper,
+        "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+        "typical_p": hf.TypicalLogitsWarper,
+        "epsilon_cutoff": hf.EpsilonLogitsWarper,
+        "eta_cutoff": lambda value: hf.EtaLogitsWarper(value, device=_name(device)),
+        "watermarking_config": lambda config: WatermarkingConfig(**config).construct_processor(vocab_size, device),
+    }
+    unknown = options.keys() - before.keys() - after.keys()
+    assert not unknown, f"nobody makes {unknown}"
+    first, last = (
+        [(name, make(options[name])) for name, make in half.items() if name in options] for half in (before, after)
+    )
+    return first, last
+
+
+def bad_words_ids(words: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Each word's ids, as it begins a text and as it follows a space."""
+    assert tokenizer is not None
+    found = [tokenizer.encode(space + word, add_special_tokens=False) for word in words for space in ("", " ")]
+    return [ids for ids in found if ids]
+
+
+def _without(bad_words: list[list[int]], ends: frozenset[int]) -> Processor:
+    """transformers leaves words out that are an EOS, and does not take an empty list."""
+    kept = [ids for ids in bad_words if not (len(ids) == 1 and ids[0] in ends)]
+    return hf.NoBadWordsLogitsProcessor(kept) if kept else lambda ids, scores: scores
+
+
+def _name(device: torch.device) -> str:
+    return str(device)
+
+
+class _Decay:
+    """ExponentialDecayLengthPenalty where it ends well: an EOS that min_tokens bans stays banned instead of becoming
+    NaN, and a factor that has outgrown all numbers is a certain end instead of an infinite score."""
+
+    def __init__(self, pair: list[Any], ends: torch.Tensor, num_prompt: int) -> None:
+        start, factor = pair
+        self._ends = ends
+        self._processor = hf.ExponentialDecayLengthPenalty((start, factor), ends, num_prompt)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        try:
+            processed: torch.Tensor = self._processor(ids, scores)
+        except OverflowError:
+            processed = scores.index_fill(1, self._ends, torch.inf)
+        return processed.clamp(max=torch.finfo(scores.dtype).max).masked_fill(scores == -torch.inf, -torch.inf)
