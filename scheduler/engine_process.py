@@ -111,6 +111,8 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         text_dir=text_dir,
         step_timeout=config.step_timeout or (GPU_STEP_TIMEOUT if on_gpu else CPU_STEP_TIMEOUT),
         quantization=info.quantization,
+        fusion=info.fusion,
+        no_graphs=info.no_graphs,
         logits_processors=sorted(registry.logits_processors),
         stopping_criteria=sorted(registry.stopping_criteria),
     )

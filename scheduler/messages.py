@@ -122,6 +122,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
     """Seconds without a finished step, work queued, after which the engine counts as hung."""
     quantization: str | None = None
     """How the weights are quantised; None if they are not."""
+    fusion: str | None = None
+    """What was fused in the model, for people; None where its modules run as they are."""
+    no_graphs: str | None = None
+    """Why there are no CUDA graphs, in words that follow "because"; None if there are."""
     logits_processors: list[str] = []
     """Names that a request may use, as in `stopping_criteria`."""
     stopping_criteria: list[str] = []

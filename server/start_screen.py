@@ -117,6 +117,8 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         ("probe", info.layout_reason),
         ("weights", size(info.weight_bytes)),
         *([("quantization", info.quantization)] if info.quantization else []),
+        *([("fusion", info.fusion)] if info.fusion else []),
+        *([("CUDA graphs", graphs_line(info))] if info.device.startswith("cuda") else []),
         (
             "KV cache",
             f"{size(info.kv_cache_bytes)}: {info.num_blocks} blocks x {info.block_size} tokens = {tokens} tokens, "
@@ -132,6 +134,11 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         ("sampling", sampling_defaults(info, settings)),
         ("access", access_line(settings)),
     ]
+
+
+def graphs_line(info: ModelInfo) -> str:
+    """Whether steps are replayed; a GPU that waits for Python at every step is slow, and should say why."""
+    return "one per size of a step" if info.no_graphs is None else f"none, because {info.no_graphs}"
 
 
 def chat_line(info: ModelInfo, settings: Settings) -> str:

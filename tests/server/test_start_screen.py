@@ -151,6 +151,17 @@ def test_quantised_weights_are_named(tmp_path: Path) -> None:
     assert "quantization" not in dict(plan_rows(model_info(tmp_path), Settings()))
 
 
+def test_what_makes_a_gpu_fast_is_told(tmp_path: Path) -> None:
+    """Guards the screen: a server without fused kernels or graphs must not look like one that has them."""
+    fast = model_info(tmp_path, device="cuda:0", fusion="fused: 2 norms", no_graphs=None)
+    rows = dict(plan_rows(fast, Settings()))
+    assert (rows["fusion"], rows["CUDA graphs"]) == ("fused: 2 norms", "one per size of a step")
+    rows = dict(plan_rows(model_info(tmp_path, device="cuda:0", no_graphs="it waits"), Settings()))
+    assert rows["CUDA graphs"] == "none, because it waits" and "fusion" not in rows
+    on_cpu = dict(plan_rows(model_info(tmp_path, device="cpu", no_graphs="they need a GPU"), Settings()))
+    assert not {"fusion", "CUDA graphs"} & set(on_cpu)
+
+
 def test_numbers_for_people() -> None:
     """Guards units: powers of 1000 for counts, of 1024 for bytes."""
     assert [count(number) for number in (999, 1000, 3_600_000, 7 * 10**9)] == ["999", "1.0 k", "3.6 M", "7.0 B"]
