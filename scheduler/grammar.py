@@ -23,6 +23,8 @@ COMPILE_SECONDS = 10.0
 """A grammar that takes longer is refused."""
 MAX_GRAMMARS = 256
 """Compiled ones that are kept."""
+SAMPLE = '{"a": [-1.5, "B c"], "D":  true}\n'
+"""A tokenizer that gives it back can follow grammars."""
 MAX_SENTENCE = 400
 """Characters of llguidance's complaint that are passed on."""
 
@@ -43,9 +45,13 @@ def load_tokenizer(text: str, vocab_size: int) -> LLTokenizer:
     """
     try:
         # It wants to know an end token; any one that stands for no text will do.
-        return LLTokenizer(text, n_vocab=max(vocab_size, _known_ids(text)), eos_token=_textless_id(text))
+        tokenizer = LLTokenizer(text, n_vocab=max(vocab_size, _known_ids(text)), eos_token=_textless_id(text))
     except ValueError as error:
-        raise InvalidGrammar(f"This model's tokenizer cannot follow grammars: {sentence(str(error))}") from error
+        raise InvalidGrammar(f"this model's tokenizer cannot follow grammars: {sentence(str(error))}") from error
+    # Where only one text can follow, llguidance allows the tokens that the tokenizer makes of it.
+    if tokenizer.decode_bytes(tokenizer.tokenize_str(SAMPLE)) != SAMPLE.encode():
+        raise InvalidGrammar("this model's tokenizer cannot follow grammars: it changes the text.")
+    return tokenizer
 
 
 def _known_ids(text: str) -> int:
