@@ -83,7 +83,7 @@ class ChatFields(SamplingFields):
             messages=self.messages,
             tools=self.rendered_tools,
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            named_tool=self.choice.named,
+            tool_choice=self.choice,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message or False,
             reasoning_effort=self.reasoning_effort,
@@ -103,12 +103,13 @@ def create_router(services: Services) -> APIRouter:
         fields.check()
         record = services.begin(request.scope, fields.choices)
         try:
-            prompt = await encode_conversation(services, fields.conversation)
+            talk = fields.conversation
+            prompt = await encode_conversation(services, talk)
             fields.ignore(prompt.ignored)
             record.settle(len(prompt.ids))
             logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
             plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
-            edits = await conversation_edits(services, fields, prompt, fields.choice)
+            edits = await conversation_edits(services, fields, talk, prompt)
             plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
             generation = services.generator.start([plan], record)
         except BaseException as error:

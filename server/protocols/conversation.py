@@ -4,7 +4,7 @@ Every protocol that chats ends here, with messages and tools in OpenAI's shape. 
 """
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ropeway.scheduler.messages import EditSpec
@@ -31,8 +31,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     """Those that the model shall know of."""
     parallel_tool_calls: bool = True
-    named_tool: bool = False
-    """Whether the client has named the one tool to call."""
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     reasoning_effort: Effort | None = None
@@ -80,15 +79,15 @@ async def encode_conversation(services: Services, talk: Conversation) -> Prompt:
         continued=text(talk.messages[-1]) if talk.continue_final_message else None,
         skip_special_tokens=talk.skip_special_tokens,
     )
-    output = replace(output, named=talk.named_tool)
+    output = replace(output, named=talk.tool_choice.named)
     return Prompt(await tokenizer.encode(pieces, add_special_tokens=False), output, ignored)
 
 
 async def conversation_edits(
-    services: Services, fields: SamplingFields, prompt: Prompt, choice: ToolChoice
+    services: Services, fields: SamplingFields, talk: Conversation, prompt: Prompt
 ) -> list[EditSpec]:
     """What makes the engine keep to the formats that a request asks of its answer. Raises: ApiError 400."""
-    structure, output = read_structure(fields), prompt.output
+    structure, output, choice = read_structure(fields), prompt.output, talk.tool_choice
     if choice.mode == "required":
         structures = [forced_calls(output, choice.names, output.parallel and not choice.named)]
         if structure is not None:

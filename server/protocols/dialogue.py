@@ -12,7 +12,7 @@ from fastapi import Request
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.generator import Generation
 from ropeway.server.output_reader import OutputReader
-from ropeway.server.protocols.conversation import Conversation, encode_conversation
+from ropeway.server.protocols.conversation import Conversation, conversation_edits, encode_conversation
 from ropeway.server.protocols.shared import generation_request
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
@@ -43,7 +43,8 @@ async def converse(
         plan = generation_request(
             services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param
         )
-        plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids)
+        edits = await conversation_edits(services, fields, talk, prompt)
+        plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
         generation = services.generator.start([plan], record)
     except BaseException as error:
         record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")

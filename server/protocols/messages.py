@@ -1,6 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens, Anthropic's shape. Knows its names; a conversation comes out."""
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
@@ -17,6 +18,7 @@ from ropeway.server.request import ChoiceDelta
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, STOP, ObjectList, SamplingFields, StopTexts
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
+from ropeway.server.tool_choice import ToolChoice, read_tool_choice
 
 
 class MessagesFields(SamplingFields):
@@ -52,6 +54,15 @@ class MessagesFields(SamplingFields):
             self.ignore(["thinking.budget_tokens"])
         return None if kind in (None, "adaptive") else "none" if kind == "disabled" else "high"
 
+    def _choice(self, names: list[str]) -> ToolChoice:
+        """What `tool_choice` means. Raises: ApiError 400."""
+        given = self.tool_choice or {"type": "auto"}
+        kind = given.get("type")
+        if kind not in ("auto", "none", "any", "tool"):
+            raise invalid("tool_choice.type must be auto, none, any or tool.", "tool_choice")
+        choice = read_tool_choice({"any": "required", "tool": given | {"type": "function"}}.get(kind, kind), names)
+        return replace(choice, named=False)  # here an answer that calls a tool always says so
+
     def conversation(self) -> Conversation:
         """Messages and tools in OpenAI's shape. Raises: ApiError 400 naming the part that is wrong."""
         messages = []
@@ -59,13 +70,12 @@ class MessagesFields(SamplingFields):
             messages.append({"role": "system", "content": joined_text(self.system, ("text",), "system")})
         for place, turn in enumerate(self.messages):
             messages += convert(turn, f"messages[{place}]")
-        choice = (self.tool_choice or {"type": "auto"}).get("type")
-        if choice not in ("auto", "none"):
-            message = "tool_choice.type must be auto or none; any and tool are not supported by this server yet."
-            raise invalid(message, "tool_choice", "unsupported_parameter")
+        tools = [tool_object(*tool) for tool in enumerate(self.tools or ())]
+        choice = self._choice([tool["function"]["name"] for tool in tools])
         return Conversation(
             messages=messages,
-            tools=None if choice == "none" else [tool_object(*tool) for tool in enumerate(self.tools or ())] or None,
+            tools=None if choice.mode == "none" else tools or None,
+            tool_choice=choice,
             parallel_tool_calls=not (self.tool_choice or {}).get("disable_parallel_tool_use"),
             continue_final_message=messages[-1]["role"] == "assistant",
             reasoning_effort=self.effort,

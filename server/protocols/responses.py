@@ -19,6 +19,7 @@ from ropeway.server.request import ChoiceDelta
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
+from ropeway.server.tool_choice import read_tool_choice
 
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -36,7 +37,7 @@ class ResponsesFields(SamplingFields):
     tools: ObjectList | None = Field(
         default=None, description=f"a list of at most {MAX_TOOLS} tools", max_length=MAX_TOOLS
     )
-    tool_choice: Any = Field(default=None, description="none or auto")
+    tool_choice: Any = Field(default=None, description="none, auto, required, or an object that names a tool")
     parallel_tool_calls: bool | None = Field(default=None, description="true or false")
     reasoning: dict[str, Any] | None = Field(default=None, description="an object with effort")
     text: dict[str, Any] | None = Field(default=None, description="an object with a format")
@@ -50,19 +51,22 @@ class ResponsesFields(SamplingFields):
         """Output tokens that were asked for."""
         return self.max_output_tokens or super().most_tokens(prompt_tokens)
 
+    @property
+    def text_format(self) -> dict[str, Any]:
+        """What the answer's text shall be."""
+        given = (self.text or {}).get("format") or {"type": "text"}
+        return given if isinstance(given, dict) else {}
+
     def check(self) -> None:
         """What is refused, and what changes nothing. Raises: ApiError 400."""
         for name in STATEFUL:
             if (self.model_extra or {}).get(name):
                 message = f"{name} is not supported: this server stores no responses, send the whole input."
                 raise invalid(message, name, "unsupported_parameter")
-        if self.tool_choice not in (None, "none", "auto"):
-            message = "tool_choice must be none or auto; required and named tools are not supported by this server yet."
-            raise invalid(message, "tool_choice", "unsupported_parameter")
-        shape = (self.text or {}).get("format") or {"type": "text"}
-        if not isinstance(shape, dict) or shape.get("type") != "text":
-            message = "text.format must be of type text; others are not supported by this server yet."
-            raise invalid(message, "text", "unsupported_parameter")
+        if self.text_format.get("type") not in ("text", "json_object", "json_schema"):
+            raise invalid("text.format must be of type text, json_object or json_schema.", "text")
+        if self.text_format["type"] != "text":
+            self.response_format = {"type": self.text_format["type"], "json_schema": self.text_format}
         if isinstance(self.input, list) and len(self.input) > MAX_MESSAGES:
             raise invalid(f"input must hold at most {MAX_MESSAGES} items.", "input")
         self.ignore([name for name in ("store", "include") if getattr(self, name)])
@@ -81,9 +85,11 @@ class ResponsesFields(SamplingFields):
         if effort is not None and effort not in EFFORTS:
             raise invalid(f"reasoning.effort must be one of {', '.join(EFFORTS)}.", "reasoning")
         tools = [tool_object(*tool) for tool in enumerate(self.tools or ())]
+        choice = read_tool_choice(self.tool_choice, [tool["function"]["name"] for tool in tools])
         return Conversation(
             messages=messages,
-            tools=None if self.tool_choice == "none" else tools or None,
+            tools=None if choice.mode == "none" else tools or None,
+            tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             reasoning_effort=effort,
         )
@@ -126,7 +132,7 @@ def head(services: Services, fields: ResponsesFields) -> dict[str, Any]:
         "reasoning": {"effort": (fields.reasoning or {}).get("effort"), "summary": None},
         "store": False,
         "temperature": 1.0 if fields.temperature is None else fields.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": fields.text_format},
         "tool_choice": fields.tool_choice or "auto",
         "tools": [{"strict": None, "parameters": None, **tool} for tool in fields.tools or ()],
         "top_p": fields.top_p or 1.0,

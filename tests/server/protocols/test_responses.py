@@ -104,7 +104,7 @@ async def test_conversation() -> None:
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0]"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"background": True}, "background"),
         ({"conversation": "c"}, "conversation"), ({"tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"tool_choice": "required"}, "tool_choice"), ({"text": {"format": {"type": "json_schema"}}}, "text"),
+        ({"tool_choice": "required"}, "tool_choice"), ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"text": {"format": "text"}}, "text"),
         ({"tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
         ({"truncation": "auto"}, "truncation"), ({"reasoning": {"effort": "x"}}, "reasoning"),

@@ -1,0 +1,111 @@
+"""Grammars of tool calls in every format: whatever follows them is read as calls by the parser, by their schemas."""
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+import text_samples
+from llguidance import LLTokenizer
+
+from ropeway.scheduler.grammar import compile_grammar, load_tokenizer
+from ropeway.server.errors import ApiError
+from ropeway.server.output_parser import CallArguments, CallStart, OutputFormat, OutputParser
+from ropeway.server.tool_choice import ToolChoice, read_tool_choice
+from ropeway.server.tool_formats import TOOL_FORMATS, Tags, ToolFormat
+from ropeway.server.tool_grammar import calls_grammar
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "get_weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "enum": ["Rome", "São Paulo"]},
+            "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            "exact": {"type": "boolean"},
+        },
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+    "stop": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+BACKEND = text_samples.byte_level()
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> LLTokenizer:
+    return load_tokenizer(BACKEND.to_str(), BACKEND.get_vocab_size())
+
+
+def sample(vocabulary: LLTokenizer, shape: ToolFormat, parallel: bool, seed: int) -> str:
+    """A random answer that the grammar allows."""
+    parts = calls_grammar(shape, SCHEMAS, parallel, lambda text: None, " ?")
+    rng = random.Random(seed)
+    matcher, data = compile_grammar(vocabulary, json.dumps({"grammars": parts})), b""
+    while not matcher.is_stopped():
+        mask = matcher.compute_bitmask()
+        ids = [id for id in range(vocabulary.vocab_size) if mask[id // 8] >> id % 8 & 1]
+        ids = [id for id in ids if not vocabulary.is_special_token(id)]
+        if matcher.is_accepting() and (not ids or rng.random() < 0.6):
+            break
+        id = rng.choice(ids)
+        assert matcher.consume_token(id)
+        data += vocabulary.decode_bytes([id])
+    return data.decode()
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("shape", TOOL_FORMATS.values(), ids=lambda shape: str(shape.name))
+def test_calls_are_calls(vocabulary: LLTokenizer, shape: ToolFormat, parallel: bool) -> None:
+    """Guards agents: each answer is nothing but calls of the request's tools, whose arguments fit their schemas."""
+    output = OutputFormat(tools=shape, schemas=SCHEMAS, parallel=parallel)
+    for seed in range(8):
+        text = sample(vocabulary, shape, parallel, seed)
+        parser = OutputParser(output)
+        events = parser.feed(text) + parser.finish()
+        assert parser.failures == 0 and parser.ends_in_call and (parallel or parser.calls == 1), text
+        names = [event.name for event in events if isinstance(event, CallStart)]
+        for index, name in enumerate(names):
+            pieces = [event.text for event in events if isinstance(event, CallArguments) and event.index == index]
+            jsonschema.validate(json.loads("".join(pieces)), SCHEMAS[name])
+        assert not [event for event in events if type(event).__name__ == "Content"], text
+
+
+def test_what_tags_cannot_hold() -> None:
+    """Guards schemas: a string without quotes has no pattern; that is said, not ignored."""
+    schema = {"f": {"type": "object", "properties": {"a": {"type": "string", "pattern": "x+"}}}}
+    shape = TOOL_FORMATS["glm"]
+    assert isinstance(shape.tags, Tags)
+    with pytest.raises(ApiError, match=r"pattern of f\.a"):
+        calls_grammar(shape, schema, True, lambda text: None, " ?")
+
+
+def test_tool_choice() -> None:
+    """Guards OpenAI's four shapes."""
+    names = ["f", "g"]
+    assert read_tool_choice(None, names) == read_tool_choice("auto", names) == ToolChoice("auto")
+    assert read_tool_choice("none", []) == ToolChoice("none")
+    assert read_tool_choice("required", names) == ToolChoice("required", ("f", "g"))
+    named = {"type": "function", "function": {"name": "g"}}
+    assert read_tool_choice(named, names) == ToolChoice("required", ("g",), named=True)
+    some = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    assert read_tool_choice(some, names) == ToolChoice("required", ("g",))
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("any", ["f"]),
+        ("required", []),
+        ({"type": "function"}, ["f"]),
+        ({"type": "function", "function": {"name": "x"}}, ["f"]),
+        ({"type": "custom", "custom": {"name": "f"}}, ["f"]),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}, ["f"]),
+        (7, ["f"]),
+    ],
+)
+def test_wrong_tool_choice(given: Any, names: list[str]) -> None:
+    """Guards clients: each is a 400 that names the field."""
+    with pytest.raises(ApiError) as caught:
+        read_tool_choice(given, names)
+    assert (caught.value.status, caught.value.param) == (400, "tool_choice")
