@@ -11,7 +11,6 @@ an entry point names is called with the request's `args` and, where its signatur
 
 import importlib
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -23,23 +22,23 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import logits_process, stopping_criteria
 
 from ropeway.kernels.errors import EditError, LoadError
+from ropeway.kernels.triton_jit import upload
 from ropeway.scheduler.generation_options import option_processors
 from ropeway.scheduler.row import InvalidRequest, Row
-
-logger = logging.getLogger("ropeway.engine")
 
 PROCESSORS = "processors"
 """Kind of the `EditSpec`; its args: `options` (name -> value, see `option_processors`), `logits_processors` and
 `stopping_criteria` (lists of objects with `name` and `args`)."""
 TRANSFORMERS_PROCESSORS = (
-    "EpsilonLogitsWarper", "EtaLogitsWarper", "ExponentialDecayLengthPenalty", "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor", "MinLengthLogitsProcessor", "MinPLogitsWarper", "NoBadWordsLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor", "SequenceBiasLogitsProcessor",
-    "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "MinLengthLogitsProcessor", "MinPLogitsWarper",
+    "NoBadWordsLogitsProcessor", "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor",
+    "SequenceBiasLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "SuppressTokensLogitsProcessor",
     "TemperatureLogitsWarper", "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TypicalLogitsWarper",
     "WatermarkLogitsProcessor",
 )  # fmt: skip
-TRANSFORMERS_CRITERIA = ("EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria")
+"""Those that no argument of a client can turn against the engine: an id outside of the vocabulary that is used as an
+index ends the process on a GPU, a table of any size its memory. What they cannot do, the options can."""
+TRANSFORMERS_CRITERIA = ("EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria")
 ZOO = "logits_processor_zoo.transformers"
 Factory = Callable[..., Any]
 
@@ -103,7 +102,7 @@ class ProcessorBuilder:
         criteria = self._named("stopping_criteria", self._registry.stopping_criteria, args)
         return ProcessorEdit([*before, *own, *after], criteria, row.num_prompt, self._device, stateful=bool(own))
 
-    def _named(self, kind: str, factories: Mapping[str, Factory], args: dict[str, Any]) -> list[tuple[str, Any]]:
+    def _named(self, kind: str, factories: Mapping[str, Factory], spec: dict[str, Any]) -> list[tuple[str, Any]]:
         offered = {
             "tokenizer": self._tokenizer,
             "vocab_size": self._vocab_size,
@@ -111,12 +110,14 @@ class ProcessorBuilder:
             "device": self._device,
         }
         made = []
-        for wanted in args.get(kind, []):
+        for wanted in spec.get(kind, []):
             name = wanted["name"]
             if name not in factories:
                 raise InvalidRequest(f"{kind} has no {name!r}.")
-            taken = inspect.signature(factories[name]).parameters
-            given = {key: value for key, value in offered.items() if key in taken} | wanted.get("args", {})
+            taken, args = inspect.signature(factories[name]).parameters, wanted.get("args", {})
+            if wrong := sorted(args.keys() & offered.keys()):
+                raise InvalidRequest(f"{name} gets its {wrong[0]} from the server.")
+            given = {key: value for key, value in offered.items() if key in taken} | args
             try:
                 made.append((name, factories[name](**given)))
             except Exception as error:
@@ -192,4 +193,4 @@ class ProcessorEdit:
         return met[0] if met else None
 
     def _ids(self, token_ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([token_ids], dtype=torch.int64, device=self._device)
+        return upload(torch.tensor([token_ids], dtype=torch.int64), self._device)

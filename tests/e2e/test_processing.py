@@ -42,10 +42,11 @@ def test_processors_and_criteria_by_name(server: RunningServer) -> None:
     plain = complete(server)
     forced = [{"name": "SuppressTokensLogitsProcessor", "args": {"suppress_tokens": list(range(3, 200))}}]
     assert complete(server, logits_processors=forced)["text"] != plain["text"]
-    ends = [{"name": "StopStringCriteria", "args": {"stop_strings": [","]}}]
+    length = len(server.post("/tokenize", prompt=PROMPT).json()["tokens"]) + 4
+    ends = [{"name": "MaxLengthCriteria", "args": {"max_length": length}}]
     stopped = complete(server, stopping_criteria=ends)
-    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", "StopStringCriteria")
-    assert plain["text"].startswith(stopped["text"]) and stopped["text"].endswith(",")
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", "MaxLengthCriteria")
+    assert stopped["text"] == complete(server, max_tokens=4)["text"]
 
 
 def test_errors(server: RunningServer) -> None:

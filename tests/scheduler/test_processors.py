@@ -146,7 +146,13 @@ def test_stopping_criteria(model: LlamaForCausalLM, lag: int) -> None:
     assert got[2][-1].error == "The stopping criterion broken failed: RuntimeError: too hot"
 
 
-@pytest.mark.parametrize("names", [{"logits_processors": ("gone", {})}, {"logits_processors": ("counter", {"x": 1})}])
+OWN = {"logits_processors": ("counter", {"first": 1, "vocab_size": VOCAB})}
+"""What the server gives is not the client's to choose: a width of any size takes all memory."""
+
+
+@pytest.mark.parametrize(
+    "names", [{"logits_processors": ("gone", {})}, {"logits_processors": ("counter", {"x": 1})}, OWN]
+)
 def test_what_cannot_be_built(model: LlamaForCausalLM, names: dict[str, Any]) -> None:
     """Guards the engine: a name of an older worker, or arguments that a class does not take, cost that request."""
     (output,) = answers(build(model, Setup(), BUILDERS), [request(1, **names)])[1]
@@ -164,7 +170,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry.installed()
     assert registry.logits_processors["mine"].__name__ == "TopKLogitsWarper"
     assert registry.stopping_criteria["mine"].__name__ == "MaxTimeCriteria"
-    assert "SynthIDTextWatermarkLogitsProcessor" in registry.logits_processors
+    assert "WatermarkLogitsProcessor" in registry.logits_processors
     monkeypatch.setattr(module, "entry_points", lambda group: [EntryPoint("bad", "no_such_module:x", group)])
     with pytest.raises(LoadError, match=r"bad of ropeway.logits_processors \(no_such_module:x\)"):
         Registry.installed()
