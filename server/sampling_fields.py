@@ -51,6 +51,7 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": (),
     "guidance_scale": (1,),
+    "json_close_on_length": (False,),
     "length_penalty": (1,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
