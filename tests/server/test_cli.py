@@ -61,7 +61,7 @@ def test_values_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (("serve", "--max-num-sequences", "3"), "did you mean --max-num-seqs"),
         (("serve", "--max-num"), "no flag --max-num"),
         (("serve", "--tensor-parallel-size", "2"), "--tensor-parallel-size is not built yet"),
-        (("serve", "--quantization=awq"), "is one of bitsandbytes-nf4, bitsandbytes-fp4, bitsandbytes-int8"),
+        (("serve", "--quantization=awq"), "is one of fp8, bitsandbytes-nf4, bitsandbytes-fp4, bitsandbytes-int8"),
         (("serve", "--api-workers=0"), "--api-workers is auto or a whole number from 1 to 64"),
         (("serve", "--port"), "--port"),
         (("serve", "--port", "x"), "--port wants a whole number"),

@@ -295,7 +295,7 @@ FRAGMENTS = [
 @settings(max_examples=300)
 def test_any_text(text: str, tools: Any, parallel: bool, thinking: bool, data: st.DataObject) -> None:
     """Guards what nobody thought of: no text raises, every cut means the same, and without a call nothing is lost."""
-    shape = OutputFormat(tools, NAMES, parallel, THINK if thinking else None, thinking)
+    shape = OutputFormat(tools, NAMES, parallel, reasoning=THINK if thinking else None, thinking=thinking)
     whole = parse(shape, [text])
     assert parse(shape, list(text)) == whole
     place = data.draw(st.integers(0, len(text)))
