@@ -96,18 +96,8 @@ class Scheduler:
             self.waiting.add(row)
             if reason := row.finish_reason():  # it had just ended when the engine before this one crashed
                 self._finish(row, reason)
-            elif row.num_resumed and row.edits:
-                self._finish_stopped(row)
-
-    def _finish_stopped(self, row: Row) -> None:
-        """Ends a resumed row if one of its edits says that it has ended."""
-        try:
-            stopped_by = stop_reason(row.edits, row.tokens)
-        except EditError as error:
-            self._finish(row, "error", error=str(error))
-            return
-        if stopped_by is not None:
-            self._finish(row, "stop", stop_reason=stopped_by)
+            elif row.num_resumed and (why := self._stop_reason(row)) is not None:
+                self._finish(row, "stop", stop_reason=why)
 
     def refuse(self, owner: int, request: AddRequest, error: str) -> None:
         """Answers every choice of a request that was not added. `error` is one sentence for the client."""
@@ -338,10 +328,8 @@ class Scheduler:
     def _emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
         """Sends the newest token; if it was the last one, the row leaves."""
         self.stats.generation_tokens += 1
-        try:
-            stopped_by = stop_reason(row.edits, row.tokens)
-        except EditError as error:
-            self._finish(row, "error", error=str(error))
+        stopped_by = self._stop_reason(row) if row.edits else None
+        if row.finished:
             return
         token, reason = row.tokens[-1], "stop" if stopped_by is not None else row.finish_reason()
         output = RowOutput(row.request_id, row.choice, [token], finish_reason=reason, stop_reason=stopped_by)
@@ -355,6 +343,14 @@ class Scheduler:
             output.stop_token_id = token if reason == "stop" and stopped_by is None else None
             self.stats.ended.append(RowTimes.of(row, now))
             self._leave(row)
+
+    def _stop_reason(self, row: Row) -> str | None:
+        """Why one of its edits ends a row with its newest token; if the edit raises, that ends it at once."""
+        try:
+            return stop_reason(row.edits, row.tokens)
+        except EditError as error:
+            self._finish(row, "error", error=str(error))
+            return None
 
     def _finish(self, row: Row, reason: FinishReason, error: str | None = None, stop_reason: str | None = None) -> None:
         """Ends a row without a further token."""
