@@ -19,6 +19,7 @@ import torch
 from llguidance import LLMatcher
 
 from ropeway.kernels.errors import EditError
+from ropeway.kernels.triton_jit import upload
 from ropeway.scheduler.grammar import COMPILE_SECONDS, Grammars, InvalidGrammar, sentence
 from ropeway.scheduler.row import Row
 
@@ -78,7 +79,7 @@ class GrammarEdit:
         self._allow_end(packed, matcher.is_accepting())
         if not packed.any():
             raise EditError("The grammar allows no further token, and nothing ends the answer.")
-        scores.masked_fill_(~unpack(torch.from_numpy(packed).to(scores.device), len(scores)), -torch.inf)
+        scores.masked_fill_(banned(packed, len(scores), scores.device), -torch.inf)
 
     def stop_reason(self, token_ids: Sequence[int]) -> str | None:
         """ "" once nothing may follow the last token. Raises: EditError."""
@@ -119,6 +120,14 @@ class GrammarEdit:
             packed[own // 8] &= ~np.uint8(1 << own % 8)
             for id in self._end_ids:
                 packed[id // 8] |= 1 << id % 8
+
+
+def banned(packed: np.ndarray[Any, np.dtype[np.uint8]], width: int, device: torch.device) -> torch.Tensor:
+    """Bits of what is allowed [ceil(width / 8) or more], lowest first -> [width] bool on the device, which is not
+    waited for: only the bits travel."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed, count=width, bitorder="little") == 0)
+    return ~unpack(upload(torch.from_numpy(packed), device), width)
 
 
 def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:

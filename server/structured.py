@@ -100,9 +100,7 @@ def _tgi_grammar(given: Any) -> tuple[str, str, Any]:
         return "grammar", "grammar", given
     kind = given.get("type") if isinstance(given, dict) else None
     if kind not in ("json", "regex", "json_schema") or given.get("value") is None:
-        message = (
-            "grammar must be an object with type (json, regex, json_schema) and value, or a grammar's text."
-        )
+        message = "grammar must be an object with type (json, regex, json_schema) and value, or a grammar's text."
         raise invalid(message, "grammar")
     value = given["value"]
     if kind == "json_schema":
@@ -162,9 +160,7 @@ def forced_calls(output: OutputFormat, names: Sequence[str], parallel: bool) -> 
     """The answer is a call of one of these tools. Raises: ApiError 400 if nobody knows how the model writes calls."""
     shape = output.tools
     if shape is None:
-        message = (
-            "It is unknown how this model writes tool calls, so none can be forced; see --tool-format."
-        )
+        message = "It is unknown how this model writes tool calls, so none can be forced; see --tool-format."
         raise invalid(message, "tool_choice", "unsupported_parameter")
     schemas = {name: output.schemas[name] for name in names}
     return Structure("tools", lambda marker: calls_grammar(shape, schemas, parallel, marker, WHITESPACE))
@@ -188,7 +184,8 @@ async def grammar_edit(
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
             text = await asyncio.to_thread(_whole, grammars, tokenizer, structures, output)
-            await asyncio.wrap_future(grammars.compile(text))
+            # Others may wait for the same one: who goes away must not cancel it.
+            await asyncio.shield(asyncio.wrap_future(grammars.compile(text)))
     except InvalidGrammar as error:
         raise invalid(f"{param} cannot be honoured: {error}", param) from None
     except TimeoutError:

@@ -21,7 +21,7 @@ from ropeway.kernels.errors import EditError
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.engine import Engine
 from ropeway.scheduler.grammar import COMPILE_SECONDS, GRAMMAR, Grammars
-from ropeway.scheduler.grammar_edit import GrammarBuilder, unpack
+from ropeway.scheduler.grammar_edit import GrammarBuilder, banned, unpack
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, EditSpec
 from ropeway.scheduler.row import rows_of
 
@@ -214,3 +214,4 @@ def test_unpack() -> None:
     """Guards the order of bits, and widths that are no multiple of 8."""
     packed = torch.tensor([0b00000101, 0b10000000, 0xFF], dtype=torch.uint8)
     assert unpack(packed, 17).nonzero().flatten().tolist() == [0, 2, 15, 16]
+    assert (~banned(packed.numpy(), 17, torch.device("cpu"))).nonzero().flatten().tolist() == [0, 2, 15, 16]
