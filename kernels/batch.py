@@ -38,7 +38,7 @@ class LeftPaddedBatch:
     context_len: torch.Tensor
     """[B] int32: tokens of the row in the cache after this step; 0 for a row that is only padding."""
     block_table: torch.Tensor
-    """[B,P] int32: the row's KV blocks; 0, the block nobody owns, past its end and where a block was freed."""
+    """[B,P] int32: the row's KV blocks, 0 where one was freed; past the row's end anything, which nobody reads."""
     slot: torch.Tensor
     """[N] int64: where each token's K and V are written, block * block_size + offset."""
     logits_index: torch.Tensor

@@ -43,7 +43,7 @@ class RaggedRows:
     """What the kernels read of a batch, and what the host must know of it to choose a grid."""
 
     block_table: torch.Tensor
-    """[B,P] int32; 0, the block nobody owns, past the end and where a block was freed."""
+    """[B,P] int32; 0 where a block was freed; past a row's end anything, which is not read."""
     context_len: torch.Tensor
     """[B] int32; 0 for a row that is only padding: its tokens get zeros."""
     row_start: torch.Tensor
