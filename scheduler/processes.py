@@ -5,6 +5,7 @@ leaves SIGINT, SIGTERM and SIGHUP (a terminal or a service manager sends them to
 supervisor, which tells it over its control pipe what to do. SIGUSR1 prints the stacks of all threads to stderr.
 """
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -119,6 +120,7 @@ def calm_gc() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+    atexit.register(gc.unfreeze)  # or C++ libraries complain at the end that their objects were leaked
 
 
 def _child_main(parent: int, main: Callable[[Any], None], context: Any) -> None:
