@@ -15,6 +15,10 @@ from pydantic_core import from_json
 from ropeway.server.errors import ApiError
 
 
+UNANSWERED = "unanswered"
+"""In the scope's state: what ends the generation of a request that has no answer yet, `end(outcome)`."""
+
+
 class JsonRequest(Request):
     """A request whose `json()` refuses NaN, Infinity, lone surrogates, deep nesting and endless integers."""
 
@@ -36,10 +40,15 @@ class JsonRoute(APIRoute):
         return error.body()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, with the request's class changed."""
+        """FastAPI's handler, with the request's class changed; what fails leaves nothing running."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
+            try:
+                return await handler(JsonRequest(request.scope, request.receive))
+            except BaseException as error:
+                if end := request.scope.get("state", {}).get(UNANSWERED):
+                    end("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
+                raise
 
         return strict

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,11 @@ from ropeway.scheduler.grammar import Grammars
 from ropeway.scheduler.messages import ModelInfo
 from ropeway.server.admission import Admission, RejectReason
 from ropeway.server.errors import ApiError
-from ropeway.server.generator import Generator
+from ropeway.server.generator import Generation, Generator
+from ropeway.server.json_route import UNANSWERED
 from ropeway.server.metrics import RequestMetrics, RequestRecord
 from ropeway.server.presets import Presets
+from ropeway.server.request import GenerationRequest
 from ropeway.server.settings import Settings
 from ropeway.server.tokenizer import TextTokenizer
 
@@ -29,12 +31,10 @@ class Services:
     A protocol's way through it:
 
         record = services.begin(request.scope, n)     # 503 unless ready; 503 when the queue is full
-        try:
-            ids = ...                                 # tokenize, validate
-            record.settle(len(ids))                   # the real number of prompt tokens
-            for delta in ...: record.observe(delta)   # once per wake-up and choice
-        except ...: record.finish("error")            # also "disconnected", "timeout"
-        finally: record.finish()                      # idempotent: the first outcome stays
+        ids = ...                                     # tokenize, validate
+        record.settle(len(ids))                       # the real number of prompt tokens
+        generation = services.start(request.scope, [...], record)
+        return EventStream(generation, ...)           # closes the generation, whatever happens
     """
 
     settings: Settings
@@ -111,11 +111,23 @@ class Services:
     def begin(self, scope: MutableMapping[str, Any], n: int, prompt_tokens: int = 0) -> RequestRecord:
         """Admits a request of n choices; `prompt_tokens` is an upper bound, if one is known before tokenizing.
 
+        If its route fails before there is an answer, `JsonRoute` ends it: slots and rows are free again.
+
         Raises: ApiError 503 unless the server is ready and its queue has room.
         """
         self.require_ready()
         ticket = self.admission.reserve(n, prompt_tokens)
-        return self.metrics.begin(scope, n, ticket)
+        record = self.metrics.begin(scope, n, ticket)
+        scope.setdefault("state", {})[UNANSWERED] = record.finish
+        return record
+
+    def start(
+        self, scope: MutableMapping[str, Any], requests: Sequence[GenerationRequest], record: RequestRecord
+    ) -> Generation:
+        """Submits all prompts of an admitted request. Raises: ApiError 503 if the engine takes nothing now."""
+        generation = self.generator.start(requests, record)
+        scope["state"][UNANSWERED] = generation.close
+        return generation
 
 
 def key_id(scope: MutableMapping[str, Any]) -> str:

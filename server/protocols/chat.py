@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field, PrivateAttr
 
-from ropeway.server.errors import ApiError, invalid
+from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.output_parser import CallArguments, CallStart, Content, Event, OutputFormat, Reasoning
@@ -102,19 +102,15 @@ def create_router(services: Services) -> APIRouter:
         fields = read_fields(services, ChatFields, body)
         fields.check()
         record = services.begin(request.scope, fields.choices)
-        try:
-            talk = fields.conversation
-            prompt = await encode_conversation(services, talk)
-            fields.ignore(prompt.ignored)
-            record.settle(len(prompt.ids))
-            logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-            plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
-            edits = await conversation_edits(services, fields, talk, prompt)
-            plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
-            generation = services.generator.start([plan], record)
-        except BaseException as error:
-            record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
-            raise
+        talk = fields.conversation
+        prompt = await encode_conversation(services, talk)
+        fields.ignore(prompt.ignored)
+        record.settle(len(prompt.ids))
+        logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+        plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
+        edits = await conversation_edits(services, fields, talk, prompt)
+        plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
+        generation = services.start(request.scope, [plan], record)
         return answer(services, fields, plan, prompt.output, generation)
 
     return router

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
-from ropeway.server.errors import ApiError, invalid
+from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.prompt_hints import prompt_hints
@@ -72,27 +72,23 @@ def create_router(services: Services) -> APIRouter:
         fields.check()
         prompts = fields.prompts()
         record = services.begin(request.scope, fields.choices * len(prompts))
-        try:
-            ids = [await encode_prompt(services, prompt, fields) for prompt in prompts]
-            record.settle(sum(map(len, ids)))
-            plans = [
-                generation_request(
-                    services,
-                    request,
-                    fields,
-                    prompt_ids,
-                    logprobs=fields.logprobs,
-                    default_tokens="short",
-                    first_index=place * fields.choices,
-                )
-                for place, prompt_ids in enumerate(ids)
-            ]
-            edits = await structure_edits(services, fields)
-            plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
-            generation = services.generator.start(plans, record)
-        except BaseException as error:
-            record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
-            raise
+        ids = [await encode_prompt(services, prompt, fields) for prompt in prompts]
+        record.settle(sum(map(len, ids)))
+        plans = [
+            generation_request(
+                services,
+                request,
+                fields,
+                prompt_ids,
+                logprobs=fields.logprobs,
+                default_tokens="short",
+                first_index=place * fields.choices,
+            )
+            for place, prompt_ids in enumerate(ids)
+        ]
+        edits = await structure_edits(services, fields)
+        plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
+        generation = services.start(request.scope, plans, record)
         hints = [prompt_hints(services.tokenizer, *pair) for pair in zip(prompts, ids, strict=True)]
         return answer(services, fields, plans, generation, list(dict.fromkeys(chain.from_iterable(hints))))
 

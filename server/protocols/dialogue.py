@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request
 
-from ropeway.server.errors import ApiError, invalid
+from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.output_reader import OutputReader
 from ropeway.server.protocols.conversation import Conversation, conversation_edits, encode_conversation
@@ -35,20 +35,14 @@ async def converse(
     Raises: ApiError 400; 503 when the queue is full or the engine takes nothing.
     """
     record = services.begin(request.scope, 1)
-    try:
-        prompt = await encode_conversation(services, talk)
-        fields.ignore([renamed.get(name, name) for name in prompt.ignored])
-        fields.ignore([name for name in ("n", "num_return_sequences") if getattr(fields, name) not in (None, 1)])
-        record.settle(len(prompt.ids))
-        plan = generation_request(
-            services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param
-        )
-        edits = await conversation_edits(services, fields, talk, prompt)
-        plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
-        generation = services.generator.start([plan], record)
-    except BaseException as error:
-        record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
-        raise
+    prompt = await encode_conversation(services, talk)
+    fields.ignore([renamed.get(name, name) for name in prompt.ignored])
+    fields.ignore([name for name in ("n", "num_return_sequences") if getattr(fields, name) not in (None, 1)])
+    record.settle(len(prompt.ids))
+    plan = generation_request(services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param)
+    edits = await conversation_edits(services, fields, talk, prompt)
+    plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
+    generation = services.start(request.scope, [plan], record)
     reader = OutputReader(
         prompt.output, plan.skip_special_tokens, services.tokenizer, generation.usage, services.metrics
     )

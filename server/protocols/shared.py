@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi import Request
 
 from ropeway.scheduler.messages import EditSpec, ModelInfo
-from ropeway.server.errors import ApiError, invalid
+from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.presets import COMPLETION_TOKENS, AnyFields
 from ropeway.server.processing import processing
@@ -148,17 +148,13 @@ async def start(
     except BaseException:
         encoding.close()
         raise
-    try:
-        ids = await encoding
-        record.settle(len(ids))
-        plan = generation_request(
-            services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
-        )
-        plan = replace(plan, edits=(*await structure_edits(services, fields), *plan.edits))
-        return plan, services.generator.start([plan], record)
-    except BaseException as error:
-        record.finish("rejected" if isinstance(error, ApiError) and error.status < 500 else "error")
-        raise
+    ids = await encoding
+    record.settle(len(ids))
+    plan = generation_request(
+        services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
+    )
+    plan = replace(plan, edits=(*await structure_edits(services, fields), *plan.edits))
+    return plan, services.start(request.scope, [plan], record)
 
 
 async def structure_edits(services: Services, fields: SamplingFields) -> list[EditSpec]:

@@ -271,3 +271,33 @@ async def test_megabytes_are_not_tokenized(path: str, fields: Any, monkeypatch: 
     monkeypatch.setattr(server.tokenizer, "encode", encode)
     error = await server.refused(path, fields)
     assert error["code"] == "context_length_exceeded" and "at least" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "broken"),
+    [
+        (PATH, {"prompt": "Hello"}, "completions.answer"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}, "chat.answer"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5},
+            "dialogue.OutputReader",
+        ),
+        ("/generate", {"inputs": "Hello"}, "tgi.JsonAnswer"),
+    ],
+    ids=["completion", "chat", "messages", "tgi"],
+)
+async def test_a_route_that_fails_late_leaves_nothing_running(
+    path: str, body: Any, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards slots: a mistake of ours behind the submission is a 500, and costs neither rows nor a place in the queue
+    for ever."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a mistake")
+
+    server = Server(rows())
+    monkeypatch.setattr(f"ropeway.server.protocols.{broken}", fail)
+    wire = await server.post(path, body)
+    assert wire.status == 500
+    assert [submitted.rows.aborted for submitted in server.engine.submitted] == [[None]]
