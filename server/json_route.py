@@ -14,7 +14,6 @@ from pydantic_core import from_json
 
 from ropeway.server.errors import ApiError
 
-
 UNANSWERED = "unanswered"
 """In the scope's state: what ends the generation of a request that has no answer yet, `end(outcome)`."""
 
