@@ -5,6 +5,7 @@ about what it gets (and the embedding does not drown the rest), norms and biases
 shorter than the sequences. `test_parity.py` asserts that what a family emits is worth comparing.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +228,9 @@ def build(family: Family) -> PreTrainedModel:
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     shared = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": False, **tokens}
     config = AutoConfig.for_model(family.model_type, **shared | family.config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with warnings.catch_warnings():  # some of transformers' modules are imported here
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(family.seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     with torch.no_grad():
