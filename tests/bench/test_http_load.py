@@ -50,6 +50,7 @@ class Scripted:
     def __init__(self, *chunks: bytes) -> None:
         self.chunks = chunks
         self.bodies: list[dict[str, Any]] = []
+        self.over = asyncio.Event()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -62,11 +63,15 @@ class Scripted:
             await asyncio.sleep(0.01)
         writer.write(b"0\r\n\r\n")
         writer.close()
+        await writer.wait_closed()
+        self.over.set()
 
     async def one(self, load: ModuleType) -> Any:
         async with await asyncio.start_server(self.answer, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            return await load.one_stream("127.0.0.1", port, [1, 2, 3], 4, True)
+            stream = await load.one_stream("127.0.0.1", port, [1, 2, 3], 4, True)
+            await self.over.wait()  # a connection that outlives its loop is a warning in somebody else's test
+            return stream
 
 
 async def test_tokens_are_counted_by_the_servers_usage(load: ModuleType) -> None:

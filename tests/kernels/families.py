@@ -228,8 +228,9 @@ def build(family: Family) -> PreTrainedModel:
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     shared = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": False, **tokens}
     config = AutoConfig.for_model(family.model_type, **shared | family.config)
-    with warnings.catch_warnings():  # some of transformers' modules are imported here
+    with torch.random.fork_rng(), warnings.catch_warnings():  # some of transformers' modules are imported here
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        torch.manual_seed(family.seed)  # what a family draws itself, attention sinks for example, stays in
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(family.seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
