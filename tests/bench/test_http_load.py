@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,22 +57,26 @@ class Scripted:
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         self.bodies.append(json.loads(await reader.readexactly(length)))
-        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
-        for chunk in self.chunks:
-            writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            await writer.drain()
-            await asyncio.sleep(0.01)
-        writer.write(b"0\r\n\r\n")
-        writer.close()
-        await writer.wait_closed()
-        self.over.set()
+        try:
+            writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+            for chunk in self.chunks:
+                writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+                await writer.drain()
+                await asyncio.sleep(0.01)
+            writer.write(b"0\r\n\r\n")
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+            self.over.set()
 
     async def one(self, load: ModuleType) -> Any:
         async with await asyncio.start_server(self.answer, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            stream = await load.one_stream("127.0.0.1", port, [1, 2, 3], 4, True)
-            await self.over.wait()  # a connection that outlives its loop is a warning in somebody else's test
-            return stream
+            try:
+                return await load.one_stream("127.0.0.1", port, [1, 2, 3], 4, True)
+            finally:
+                await self.over.wait()  # a connection that outlives its loop is a warning in somebody else's test
 
 
 async def test_tokens_are_counted_by_the_servers_usage(load: ModuleType) -> None:
