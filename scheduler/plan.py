@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
 from ropeway.scheduler.row import Row
@@ -34,6 +34,17 @@ class StepPlan:
     """That the step computes."""
     decode_rows: int
     """Rows that were running and compute the one token that they lack."""
+
+
+class HeadStart(NamedTuple):
+    """What a row that joins need not compute: tokens [0, start) are in `blocks`, the last ones in `copy_from`."""
+
+    blocks: list[int]
+    start: int
+    leader: Row | None = None
+    """Whose blocks they are, if another choice shares them."""
+    copy_from: int | None = None
+    """The leader's block in which `start` lies, unless a block begins there."""
 
 
 @dataclass(slots=True)

@@ -18,14 +18,14 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ropeway.kernels.errors import EditError
 from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
-from ropeway.scheduler.plan import Draft, Reason, StepPlan
+from ropeway.scheduler.plan import Draft, HeadStart, Reason, StepPlan
 from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, InvalidRequest, Row, add_edits, rows_of
 from ropeway.scheduler.row_edits import stop_reason
 from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
@@ -45,17 +45,6 @@ class Limits:
     max_model_len: int
     prefix_cache_scope: Literal["key", "server"] = "key"
     """Who shares cached prefixes: the requests of one key, or all."""
-
-
-class _HeadStart(NamedTuple):
-    """What a row that joins need not compute: tokens [0, start) are in `blocks`, the last ones in `copy_from`."""
-
-    blocks: list[int]
-    start: int
-    leader: Row | None = None
-    """Whose blocks they are, if another choice shares them."""
-    copy_from: int | None = None
-    """The leader's block in which `start` lies, unless a block begins there."""
 
 
 class Scheduler:
@@ -247,7 +236,7 @@ class Scheduler:
         choices = self._choices[row.owner, row.request_id]
         return max((other for other in choices if other.running), key=lambda other: other.computed, default=None)
 
-    def _head_start(self, row: Row, leader: Row | None) -> _HeadStart:
+    def _head_start(self, row: Row, leader: Row | None) -> HeadStart:
         """The longest of what the prefix cache holds and what the leader can share.
 
         The last token is always computed, into a block of the row's own. A fork computes its last prompt token again,
@@ -260,16 +249,16 @@ class Scheduler:
         self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
         cached = self.pool.find(row.block_hashes[: (row.num_tokens - 1) // size])
         if leader is None or len(cached) * size >= row.num_prompt:
-            return _HeadStart(cached, len(cached) * size)
+            return HeadStart(cached, len(cached) * size)
         full, partial = divmod(row.num_prompt - 1, size)
         copy_from = leader.block_table[full] if partial else None
-        return _HeadStart(leader.block_table[:full], row.num_prompt - 1, leader, copy_from)
+        return HeadStart(leader.block_table[:full], row.num_prompt - 1, leader, copy_from)
 
     def _labels(self, row: Row) -> tuple[str, str]:
         """What two rows must agree on before they may share a cached prefix."""
         return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
 
-    def _join(self, row: Row, head: _HeadStart, draft: Draft) -> None:
+    def _join(self, row: Row, head: HeadStart, draft: Draft) -> None:
         stop = min(row.num_tokens, head.start + draft.tokens_left)
         self.pool.share(head.blocks)
         own = self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
@@ -282,7 +271,7 @@ class Scheduler:
         draft.take(row, head.start, stop)
         self._count_admission(row, head, draft.now)
 
-    def _count_admission(self, row: Row, head: _HeadStart, now: float) -> None:
+    def _count_admission(self, row: Row, head: HeadStart, now: float) -> None:
         if head.leader is None and self.pool.caching:
             self.stats.prefix_queries += row.num_tokens
             self.stats.prefix_hits += head.start
