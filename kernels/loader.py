@@ -140,7 +140,8 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedSetting(f"There is no device {name!r}: torch sees {torch.cuda.device_count()} GPUs.")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # in torch 2.11 it takes no device without an index
     return device
 
 
