@@ -7,10 +7,13 @@ starts another, and the workers send their unfinished requests again.
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from ropeway.kernels.errors import LoadError
 from ropeway.scheduler.blocks import BlockPool
@@ -138,7 +141,8 @@ def serve(context: EngineContext, load: Load) -> None:
         sys.exit(1)
     from ropeway.scheduler.engine_loop import EngineLoop
 
-    loop = EngineLoop(context, build_engine(context.config, loaded), loaded.info)
+    info = msgspec.structs.replace(loaded.info, start_seconds=pulse.stage_seconds())
+    loop = EngineLoop(context, build_engine(context.config, loaded), info)
     pulse.stop()
     try:
         loop.run()
@@ -168,6 +172,8 @@ class Pulse:
     def __init__(self, context: EngineContext) -> None:
         self._context = context
         self._beat = Heartbeat(context.generation, "loading")
+        self._begun: list[tuple[str, float]] = []
+        """(stage, when it began)"""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -175,6 +181,16 @@ class Pulse:
     def progress(self, phase: Phase, stage: str, done: float) -> None:
         """The next heartbeat says so."""
         self._beat = Heartbeat(self._context.generation, phase, stage, done)
+        self._begun.append((stage, time.monotonic()))
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Stage -> seconds to the next one, of the last one until now; "... of 64 tokens" and its like are one."""
+        ends = [begun for _, begun in self._begun[1:]] + [time.monotonic()]
+        seconds: dict[str, float] = {}
+        for (stage, begun), end in zip(self._begun, ends, strict=True):
+            name = stage.split(" of ")[0]
+            seconds[name] = seconds.get(name, 0.0) + end - begun
+        return seconds
 
     def stop(self) -> None:
         """No heartbeat comes after it; the control pipe is the caller's alone."""

@@ -129,6 +129,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     logits_processors: list[str] = []
     """Names that a request may use, as in `stopping_criteria`."""
     stopping_criteria: list[str] = []
+    start_seconds: dict[str, float] = {}
+    """Stage of the engine's start -> how long it took."""
 
 
 class EngineReady(msgspec.Struct, tag="ready"):

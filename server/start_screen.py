@@ -21,6 +21,8 @@ from ropeway.server.settings import Settings
 SAMPLING_DEFAULTS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 PROGRESS_STEP = 0.25
 """Plain lines tell a stage's progress in such steps."""
+STAGES_SHOWN = 4
+"""Of the start: those that took longest."""
 
 
 class StartScreen:
@@ -133,7 +135,14 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         ("chat", chat_line(info, settings)),
         ("sampling", sampling_defaults(info, settings)),
         ("access", access_line(settings)),
+        *([("started in", started_line(info.start_seconds))] if info.start_seconds else []),
     ]
+
+
+def started_line(seconds: dict[str, float]) -> str:
+    """How long the engine's start took, and what took most of it: slow disks and cold compilers show here."""
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:STAGES_SHOWN]
+    return f"{sum(seconds.values()):.1f} s: " + ", ".join(f"{stage} {took:.1f}" for stage, took in longest)
 
 
 def graphs_line(info: ModelInfo) -> str:

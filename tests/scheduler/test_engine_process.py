@@ -19,7 +19,7 @@ from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler import engine_process
 from ropeway.scheduler.client import EngineClient
 from ropeway.scheduler.config import EngineConfig
-from ropeway.scheduler.engine_process import Loaded, build_engine, serve
+from ropeway.scheduler.engine_process import Loaded, Pulse, build_engine, serve
 from ropeway.scheduler.messages import (
     EngineReady,
     EngineReport,
@@ -76,6 +76,20 @@ def test_a_long_load_is_no_silence() -> None:
     assert report == LoadFailed(3, "Enough.")
     thread.join(LIMIT_S)
     assert exits == [1]
+    ours.close()
+    theirs.close()
+
+
+def test_each_stage_of_the_start_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the start screen's figures: a stage lasts until the next one, its parts are one."""
+    ours, theirs = multiprocessing.Pipe()
+    pulse = Pulse(EngineContext(EngineConfig("m"), 3, "/nowhere", theirs, ()))
+    pulse.stop()
+    clock = iter([1.0, 3.0, 4.0, 7.5])
+    monkeypatch.setattr("ropeway.scheduler.engine_process.time.monotonic", lambda: next(clock))
+    for stage in ("reading weights", "preparing steps of 8 tokens", "preparing steps of 4 tokens"):
+        pulse.progress("loading", stage, 0.0)
+    assert pulse.stage_seconds() == {"reading weights": 2.0, "preparing steps": 4.5}
     ours.close()
     theirs.close()
 

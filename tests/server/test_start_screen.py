@@ -162,6 +162,13 @@ def test_what_makes_a_gpu_fast_is_told(tmp_path: Path) -> None:
     assert not {"fusion", "CUDA graphs"} & set(on_cpu)
 
 
+def test_what_made_the_start_slow_is_told(tmp_path: Path) -> None:
+    """Guards the screen: who waits for a start should see for what, the longest first."""
+    stages = {"reading weights": 8.04, "a": 0.1, "b": 0.2, "c": 0.3, "trying the layouts": 1.26}
+    rows = dict(plan_rows(model_info(tmp_path, start_seconds=stages), Settings()))
+    assert rows["started in"] == "9.9 s: reading weights 8.0, trying the layouts 1.3, c 0.3, b 0.2"
+
+
 def test_numbers_for_people() -> None:
     """Guards units: powers of 1000 for counts, of 1024 for bytes."""
     assert [count(number) for number in (999, 1000, 3_600_000, 7 * 10**9)] == ["999", "1.0 k", "3.6 M", "7.0 B"]
