@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+TOOLS := .venv/.tools
 PYTEST := $(BIN)/pytest
 
 .PHONY: help install demo serve check format test test-tools test-all test-gpu bench clean
@@ -42,8 +43,13 @@ format: install  ## rewrite what `make check` would complain about, where that i
 test: install    ## the tests (under 15 minutes on 2 cores)
 	$(PYTEST)
 
-test-tools:      ## nginx and Prometheus' promtool, which long tests run: installed as root on Debian or Ubuntu, never started
+test-tools: $(TOOLS)  ## what long tests run: other clients, in .venv; nginx and promtool (root on Debian or Ubuntu), never started
 	@sh tests/deploy/install_tools.sh
+
+$(TOOLS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,clients,zoo]'
+	@! command -v npm > /dev/null || npm install --silent --no-audit --no-fund --prefix .venv openai@6
+	@touch $@
 
 test-all: test test-tools  ## the long ones too; installs what test-tools says
 	$(PYTEST) -m 'slow and not gpu'
