@@ -75,10 +75,13 @@ class _Chunk:
 
 
 class AttentionMetadata:
-    """What attention needs of one step's batch; made once per step, shared by all layers."""
+    """What attention needs of one step's batch; made once per step, shared by all layers.
 
-    def __init__(self, batch: LeftPaddedBatch) -> None:
+    deterministic: as in `RaggedRows`; on a GPU only."""
+
+    def __init__(self, batch: LeftPaddedBatch, deterministic: bool = False) -> None:
         self._batch = batch
+        self._deterministic = deterministic
         self.scratch = Scratch()
 
     @cached_property
@@ -117,7 +120,7 @@ class AttentionMetadata:
 
     @cached_property
     def ragged(self) -> triton_attention.RaggedRows:
-        return triton_attention.RaggedRows.of(self._batch)
+        return triton_attention.RaggedRows.of(self._batch, self._deterministic)
 
 
 def context_slots(block_table: torch.Tensor, context_len: torch.Tensor, block_size: int, width: int) -> torch.Tensor:

@@ -37,10 +37,13 @@ _STEP: ContextVar[_Step] = ContextVar("ropeway_step")
 
 
 class PackedForward:
-    """Runs a step of a model packed. Holds no state of a batch."""
+    """Runs a step of a model packed. Holds no state of a batch.
 
-    def __init__(self, model: PreTrainedModel, pool: KVPool) -> None:
+    deterministic: attention adds up a token's keys in one order, whatever else is in the step; on a GPU only."""
+
+    def __init__(self, model: PreTrainedModel, pool: KVPool, deterministic: bool = False) -> None:
         self._model = model
+        self._deterministic = deterministic
         self._call = ModelCall(model)
         self._pool = pool
         self.windows: dict[int, int | None] = {}
@@ -50,7 +53,7 @@ class PackedForward:
     def __call__(self, batch: LeftPaddedBatch) -> torch.Tensor:
         """As `Forward` says; all token ids known."""
         use_attention(self._model, ATTENTION)
-        step = _Step(self._pool, AttentionMetadata(batch), batch.slot)
+        step = _Step(self._pool, AttentionMetadata(batch, self._deterministic), batch.slot)
         token = _STEP.set(step)
         try:
             logits = self._call(

@@ -19,6 +19,9 @@ merge in the order of the keys.
 What a token's result depends on: key tiles begin at absolute multiples of BLOCK_N in its sequence, and the tile sizes
 follow from head sizes and dtype alone. The class follows from the row's own query_len. Only how many tiles a split
 has follows from the batch.
+
+Deterministic rows are all of one class, with one tiling and no splits: a token's keys are reduced in the same tiles by
+the same instructions whether it is decoded or in a chunk of any length. Tiles of keys that it does not see add zeros.
 """
 
 from dataclasses import dataclass, field
@@ -52,12 +55,15 @@ class RaggedRows:
     """No row has fewer tokens than this."""
     longest: int
     """No row has more tokens than this."""
+    deterministic: bool = False
+    """A token's result has the same bits in any batch that holds its row, and in chunks of any length."""
     _plans: dict[tuple[int, ...], Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Made by the first layer of a kind, for those after it."""
 
     @classmethod
-    def of(cls, batch: LeftPaddedBatch) -> "RaggedRows":
-        return cls(batch.block_table, batch.context_len, batch.row_start, min(batch.query_lens), batch.T)
+    def of(cls, batch: LeftPaddedBatch, deterministic: bool = False) -> "RaggedRows":
+        lens = min(batch.query_lens), batch.T
+        return cls(batch.block_table, batch.context_len, batch.row_start, *lens, deterministic)
 
     def plan(self, kv_heads: int, short_query: int, block_n: int, window: int | None) -> Plan:
         """How the keys of the short rows are cut."""
@@ -104,6 +110,16 @@ def long_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
     return Tiling(max(block_m, next_power_of_2(group)), block_n, warps=8, stages=5)
 
 
+def one_tiling(group: int, head: int, head_v: int, itemsize: int) -> Tiling:
+    """Tiles of deterministic rows, arguments as for `short_tiling`: large enough for chunks, and for the matrix unit's
+    instructions of 64 lines, which may round otherwise than those of 16."""
+    if itemsize == 4:
+        return short_tiling(group, head, head_v, itemsize)
+    block_m = max(64, next_power_of_2(group))
+    warps = 4 if block_m == 64 and max(head, head_v) <= 256 else 8
+    return Tiling(block_m, min(64, _keys(32768, head, head_v, itemsize)), warps, stages=5)
+
+
 def _keys(size: int, head: int, head_v: int, itemsize: int) -> int:
     """Keys whose K and V take at most `size` bytes; the pipeline holds two such tiles."""
     keys = size // ((next_power_of_2(head) + next_power_of_2(head_v)) * itemsize)
@@ -143,14 +159,15 @@ def paged_attention(
     out = q.new_empty(*q.shape[:2], v_pool.shape[3])
     group = q.shape[1] // k_pool.shape[2]
     sizes = group, q.shape[2], v_pool.shape[3], q.element_size()
+    if rows.deterministic:
+        call.launch_long(out, one_tiling(*sizes), 0)
+        return out
     tiling = short_tiling(*sizes)
     short_query = max(1, 16 // group)
     if rows.shortest <= short_query:
         call.launch(out, tiling, rows.context_len.shape[0], short_query, short=True)
     if rows.longest > short_query:
-        tiling = long_tiling(*sizes)
-        tiles = q.shape[0] // (tiling.block_m // group) + rows.context_len.shape[0]
-        call.launch(out, tiling, tiles, short_query, short=False)
+        call.launch_long(out, long_tiling(*sizes), short_query)
     return out
 
 
@@ -167,6 +184,12 @@ class _Call:
     softcap: float | None
     sinks: torch.Tensor | None
 
+    def launch_long(self, out: torch.Tensor, tiling: Tiling, short_query: int) -> None:
+        """Attend for the rows of more than `short_query` tokens."""
+        group = self.q.shape[1] // self.k_pool.shape[2]
+        tiles = self.q.shape[0] // (tiling.block_m // group) + self.rows.context_len.shape[0]
+        self.launch(out, tiling, tiles, short_query, short=False)
+
     def launch(self, out: torch.Tensor, tiling: Tiling, tiles: int, short_query: int, *, short: bool) -> None:
         """Attend for the rows of one class, writing their tokens of `out` [N,Hq,Dv]."""
         q, rows, head_v = self.q, self.rows, out.shape[2]
@@ -177,8 +200,9 @@ class _Call:
             plan = rows.plan(kv_heads, short_query, tiling.block_n, self.sliding_window)
             programs = plan.part_row.shape[0] * kv_heads
         else:
-            keys = rows.block_table.shape[1] * block_size
-            splits = _splits(WANTED_PROGRAMS // 2 // (tiles * kv_heads), keys, tiling.block_n)
+            if not rows.deterministic:
+                keys = rows.block_table.shape[1] * block_size
+                splits = _splits(WANTED_PROGRAMS // 2 // (tiles * kv_heads), keys, tiling.block_n)
             programs = tiles * kv_heads * splits
         partial = stats = out
         if short or splits > 1:
@@ -208,6 +232,7 @@ class _Call:
             SHORT=short,
             LIVE=next_power_of_2(group * min(rows.longest, short_query)),
             SPLIT=splits > 1,
+            WHOLE=not short and not rows.deterministic and self.sliding_window is None,
             SOFTCAP=self.softcap is not None,
             WINDOW=self.sliding_window is not None,
             EARLY=early,

@@ -164,12 +164,13 @@ def attend(
     SHORT_QUERY: tl.constexpr,
     LIVE: tl.constexpr,
     SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One tile, one KV head, one part of the keys."""
+    """One tile, one KV head, one part of the keys; if WHOLE, key tiles that all tokens see are read without a mask."""
     LOG2E: tl.constexpr = 1.4426950408889634
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     if EARLY:
@@ -211,7 +212,7 @@ def attend(
         begin += split * length
         end = tl.minimum(end, begin + length)
     whole = begin
-    if not WINDOW and not SHORT:
+    if WHOLE:
         whole = tl.minimum(tl.maximum((first_position + 1) // BLOCK_N * BLOCK_N, begin), end)
 
     dim = tl.arange(0, BLOCK_D)
@@ -227,7 +228,7 @@ def attend(
     factor = scale * LOG2E
     if SOFTCAP:
         factor = 2 * scale * LOG2E / softcap
-    if not WINDOW and not SHORT:
+    if WHOLE:
         acc, total, peak = _walk(
             acc, total, peak, q, k_base, v_base, table, begin, whole, lowest, highest, position, factor,
             softcap * LOG2E, window, KV_HEADS, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_SIZE, BLOCK_N, SOFTCAP, WINDOW,

@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
 
 from ragged import Ragged, make_ragged, relative_error
 
-from ropeway.kernels import triton_attention
 from ropeway.kernels.triton_attention import RaggedRows, paged_attention
 
 pytestmark = pytest.mark.gpu
@@ -88,18 +87,35 @@ def test_decode_rows(rows: int) -> None:
     check(case, scale=0.1)
 
 
-def test_a_row_alone_and_among_others() -> None:
-    """Guards independence: without splits, the same bits."""
-    rows = ragged_rows(4, 30, 1000)
-    case = make_ragged(rows, heads=LLAMA[0], head_sizes=LLAMA[1], seed=4, dtype=torch.bfloat16, device="cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_attention, "WANTED_PROGRAMS", 1)
-        together = paged_attention(case.q, case.k_pool, case.v_pool, RaggedRows.of(case.batch), scale=0.1)
-        for row, (q, tokens) in enumerate(
-            zip(case.q.split(case.batch.query_lens), together.split(case.batch.query_lens), strict=True)
-        ):
-            alone = RaggedRows.of(case.batch.select([row]))
-            assert torch.equal(paged_attention(q, case.k_pool, case.v_pool, alone, scale=0.1), tokens)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 100, "softcap": 20.0}], ids=["", "window+softcap"])
+@pytest.mark.parametrize(("heads", "sizes"), [LLAMA, ((8, 1), (256, 256)), ((71, 1), (64, 64)), ((10, 5), (80, 80))])
+def test_deterministic_rows(heads: tuple[int, int], sizes: tuple[int, int], options: dict[str, Any]) -> None:
+    """Guards the one order of keys: a row alone and among others, its tokens together, in chunks and one by one."""
+    rows = [*ragged_rows(4, 20, 1000), (3000, 1), (333, 333)]
+    case = make_ragged(rows, heads=heads, head_sizes=sizes, seed=4, dtype=torch.bfloat16, device="cuda")
+    options = {"scale": 0.1, **options}
+    together = paged_attention(case.q, case.k_pool, case.v_pool, RaggedRows.of(case.batch, True), **options)
+    assert relative_error(together, case.reference(**options)) < 1e-2
+    other_bits = 0
+    for row, (q, tokens) in enumerate(
+        zip(case.q.split(case.batch.query_lens), together.split(case.batch.query_lens), strict=True)
+    ):
+        batch = case.batch.select([row])
+        alone = paged_attention(q, case.k_pool, case.v_pool, RaggedRows.of(batch, True), **options)
+        assert torch.equal(alone, tokens)
+        split = paged_attention(q, case.k_pool, case.v_pool, RaggedRows.of(batch), **options)
+        other_bits += int((split != tokens).sum())
+    assert other_bits  # else this test could not fail
+    whole = RaggedRows.of(batch, True)
+    for size in (1, 17, 100):
+        for start in range(0, len(q), size):
+            part = q[start : start + size]
+            ends = whole.context_len - len(q) + start + len(part)
+            piece = replace(
+                whole, context_len=ends, row_start=whole.row_start.clamp(max=len(part)), longest=len(part), shortest=1
+            )
+            out = paged_attention(part, case.k_pool, case.v_pool, piece, **options)
+            assert torch.equal(out, tokens[start : start + size])
 
 
 def test_in_a_cuda_graph_without_waiting() -> None:

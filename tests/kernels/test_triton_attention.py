@@ -11,6 +11,8 @@ from ragged import Ragged, make_ragged, relative_error
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
 from ropeway.kernels import triton_attention
 from ropeway.kernels.triton_attention import RaggedRows, Tiling, paged_attention
 from ropeway.kernels.triton_jit import next_power_of_2
@@ -21,7 +23,9 @@ MIXED = [(40, 1), (53, 21), (5, 5), (1, 1), (35, 2), (17, 1)]
 FEW = [(40, 1), (53, 9), (5, 5)]
 
 
-@pytest.mark.parametrize("tiling", [triton_attention.short_tiling, triton_attention.long_tiling])
+@pytest.mark.parametrize(
+    "tiling", [triton_attention.short_tiling, triton_attention.long_tiling, triton_attention.one_tiling]
+)
 def test_tiles_are_powers_of_two(tiling: Callable[[int, int, int, int], Tiling]) -> None:
     """Guards compiling, which the interpreter does not do: 192 + 128 dimensions once gave tiles of 85 keys."""
     for group, head, head_v, itemsize in product((1, 3, 8, 71), (16, 80, 192, 256), (16, 128, 256), (2, 4)):
@@ -33,7 +37,7 @@ def test_tiles_are_powers_of_two(tiling: Callable[[int, int, int, int], Tiling])
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 keys and 16 pairs of token and head."""
-    for name in ("short_tiling", "long_tiling"):
+    for name in ("short_tiling", "long_tiling", "one_tiling"):
         monkeypatch.setattr(triton_attention, name, lambda group, *_: Tiling(max(16, next_power_of_2(group)), 16, 4, 2))
     monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", 1)
 
@@ -135,3 +139,50 @@ def test_a_rows_own_nan_is_not_hidden() -> None:
     case.k_pool[case.batch.block_table[0, 0], 3] = torch.nan
     out = attend(case, scale=0.3)
     assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 7}, {"sliding_window": 24, "softcap": 2.0}, {"sinks": torch.tensor([-1.0, 2.0, 0.5, 3.0])}],
+    ids=["", "window", "window+softcap", "sinks"],
+)
+def test_deterministic_rows(options: dict[str, Any]) -> None:
+    """Guards the one class: decode rows, speculative ones and chunks through the same launch."""
+    options = {name: o.to(DEVICE) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    window = options.get("sliding_window")
+    shape = {"heads": (4, 1), "head_sizes": (16, 16), "block_size": 4, "freed_before": window}
+    case = make_ragged(MIXED, seed=9, device=DEVICE, **shape)
+    rows = RaggedRows.of(case.batch, deterministic=True)
+    out = paged_attention(case.q, case.k_pool, case.v_pool, rows, scale=0.5, **options)
+    assert relative_error(out, case.reference(scale=0.5, **options)) < 1e-5
+
+
+def in_pieces(case: Ragged, size: int, deterministic: bool, **options: Any) -> torch.Tensor:
+    """The one row of a case, so many tokens at a time."""
+    whole = RaggedRows.of(case.batch, deterministic)
+    out = []
+    for start in range(0, len(case.q), size):
+        count = len(case.q[start : start + size])
+        ends = torch.tensor([start + count], dtype=torch.int32, device=DEVICE)
+        piece = replace(whole, context_len=ends, row_start=whole.row_start.clamp(max=count), shortest=1, longest=count)
+        q = case.q[start : start + count]
+        out.append(paged_attention(q, case.k_pool, case.v_pool, piece, scale=0.5, **options))
+    return torch.cat(out)
+
+
+def dot_in_order(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> TensorHandle:
+    """Sums one product after the other, wherever in the tile: the interpreter's BLAS has other orders at its edges."""
+    return TensorHandle((a.data[:, :, None] * b.data[None]).sum(1) + d.data, d.dtype.scalar)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 21, "softcap": 2.0}], ids=["", "window+softcap"])
+def test_deterministic_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the tiles of keys: decoded or in chunks of any length, a token's sums have one order. The way that cuts
+    keys by what else there is has another, so this can fail."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)
+    monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", 48)
+    case = make_ragged([(50, 50)], heads=(2, 1), head_sizes=(16, 16), seed=10, device=DEVICE)
+    expected = in_pieces(case, 50, True, **options)
+    for size in (1, 17):
+        assert torch.equal(in_pieces(case, size, True, **options), expected)
+    assert not torch.equal(in_pieces(case, 17, False, **options), expected)
