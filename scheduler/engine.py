@@ -79,7 +79,7 @@ class Engine:
         try:
             self.scheduler.add(owner, request)
         except InvalidRequest as error:
-            self.scheduler.refuse(owner, request, str(error))
+            self.scheduler.refuse(owner, request, error)
 
     def abort(self, owner: int, request: AbortRequest) -> None:
         """Drops a request or one of its choices; nothing is sent for it any more."""

@@ -16,7 +16,8 @@ import msgspec
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import TokenLogprobs
 
-FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error", "refused"]
+"""refused: what the client asked of this row cannot be done, whoever tries."""
 Phase = Literal["loading", "compiling", "stepping", "dead"]
 
 
@@ -83,7 +84,7 @@ class RowOutput(msgspec.Struct, array_like=True, gc=False):
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache; with the first output of a choice."""
     error: str | None = None
-    """One sentence for the client, with finish_reason "error" or "timeout"."""
+    """One sentence for the client, with finish_reason "error", "timeout" or "refused"."""
     stop_reason: str | None = None
     """What a row's edit said when it ended the row, with finish_reason "stop"."""
 

@@ -1,12 +1,10 @@
 """One step on its way from a draft to a launch. Knows which positions of which rows it computes, not why."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple
 
 from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
 from ropeway.scheduler.row import Row
-from ropeway.scheduler.row_edits import edit_scores
 
 Reason = Literal[
     "token budget",  # the step has as many tokens as it may
@@ -102,7 +100,7 @@ class Draft:
             else:
                 part = RowInput(row.state_slot, row.tokens[start:stop], start, row.block_table, -1, sample)
             if sample and row.edits:
-                part.edit = partial(edit_scores, row.edits, row.tokens)
+                part.edit = row.edit
             parts.append(part)
             row.computed = stop
             row.in_flight = unread + sample

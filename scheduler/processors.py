@@ -21,10 +21,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation import logits_process, stopping_criteria
 
-from ropeway.kernels.errors import EditError, LoadError
+from ropeway.kernels.errors import MAX_ERROR, EditError, LoadError
 from ropeway.kernels.triton_jit import upload
 from ropeway.scheduler.generation_options import option_processors
-from ropeway.scheduler.row import InvalidRequest, Row
+from ropeway.scheduler.row import ClientMistake, InvalidRequest, Row
 
 PROCESSORS = "processors"
 """Kind of the `EditSpec`; its args: `options` (name -> value, see `option_processors`), `logits_processors` and
@@ -114,14 +114,19 @@ class ProcessorBuilder:
             name = wanted["name"]
             if name not in factories:
                 raise InvalidRequest(f"{kind} has no {name!r}.")
-            taken, args = inspect.signature(factories[name]).parameters, wanted.get("args", {})
+            signature, args = inspect.signature(factories[name]), wanted.get("args", {})
             if wrong := sorted(args.keys() & offered.keys()):
-                raise InvalidRequest(f"{name} gets its {wrong[0]} from the server.")
-            given = {key: value for key, value in offered.items() if key in taken} | args
+                raise ClientMistake(f"{name} gets its {wrong[0]} from the server.")
+            given = {key: value for key, value in offered.items() if key in signature.parameters} | args
+            try:
+                signature.bind(**given)
+            except TypeError as error:
+                raise ClientMistake(f"{kind}: {name} has other arguments: {error}."[:MAX_ERROR]) from None
             try:
                 made.append((name, factories[name](**given)))
             except Exception as error:
-                raise InvalidRequest(f"{name} refused its arguments: {type(error).__name__}: {error}"[:500]) from error
+                message = f"{kind}: {name} refused its arguments {', '.join(args)}: {type(error).__name__}: {error}"
+                raise ClientMistake(message[:MAX_ERROR]) from error
         return made
 
 

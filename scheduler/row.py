@@ -15,15 +15,22 @@ Knows nothing about budgets, queues or memory: `Scheduler` decides, `BlockPool` 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
 from ropeway.scheduler.messages import AddRequest, EditSpec, FinishReason
 from ropeway.scheduler.row_edits import RowEdit
 
+if TYPE_CHECKING:
+    import torch
+
 
 class InvalidRequest(ValueError):
     """The engine cannot run this request; the message is one sentence for the client."""
+
+
+class ClientMistake(InvalidRequest):
+    """Because of what the client asked for, which only the engine could tell."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +58,8 @@ class Row:
     cache_salt: str = ""
     edits: Sequence[RowEdit] = ()
     """What changes its scores, in this order."""
+    emptied: "torch.Tensor | None" = None
+    """[] bool, where its scores are: whether its edits left no token the last time. Waited for when it is read."""
     max_in_flight: int = 1
     """Unread tokens with which the row may be planned; 0 when the host must see each token first."""
 
@@ -113,6 +122,19 @@ class Row:
     def rank(self) -> tuple[int, float, int, int]:
         """Smaller = served first: priority, then arrival."""
         return self.priority, self.arrival, self.request_id, self.choice
+
+    def edit(self, scores: "torch.Tensor") -> None:
+        """Lets its edits change scores [V] fp32, one after the other. Raises whatever they raise."""
+        self.emptied = None
+        for one in self.edits:
+            one.edit(self.tokens, scores)
+        self.emptied = scores.amax() == float("-inf")
+
+    def why_not_finite(self) -> tuple[FinishReason, str]:
+        """Why its scores hold no number to choose: its own edits, if there was one before them, or the model."""
+        if self.emptied is not None and bool(self.emptied):
+            return "refused", "Formats, processors and bans of this request together left no token to go on with."
+        return "error", "The model's logits for this request were not finite numbers."
 
     def finish_reason(self) -> FinishReason | None:
         """Whether the last known token ended the row. `min_tokens` come before any stop token."""

@@ -35,12 +35,6 @@ class RowEdit(Protocol):
         ...
 
 
-def edit_scores(edits: Sequence[RowEdit], token_ids: Sequence[int], scores: "torch.Tensor") -> None:
-    """All of a row's edits, one after the other."""
-    for one in edits:
-        one.edit(token_ids, scores)
-
-
 def stop_reason(edits: Sequence[RowEdit], token_ids: Sequence[int]) -> str | None:
     """The first reason among a row's edits; all of them are asked, since they see every token.
 

@@ -26,7 +26,7 @@ from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.plan import Draft, HeadStart, Reason, StepPlan
-from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, InvalidRequest, Row, add_edits, rows_of
+from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, ClientMistake, InvalidRequest, Row, add_edits, rows_of
 from ropeway.scheduler.row_edits import stop_reason
 from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
 from ropeway.scheduler.waiting import Waiting
@@ -88,10 +88,11 @@ class Scheduler:
             elif row.num_resumed and (why := self._stop_reason(row)) is not None:
                 self._finish(row, "stop", stop_reason=why)
 
-    def refuse(self, owner: int, request: AddRequest, error: str) -> None:
-        """Answers every choice of a request that was not added. `error` is one sentence for the client."""
+    def refuse(self, owner: int, request: AddRequest, error: InvalidRequest) -> None:
+        """Answers every choice of a request that was not added."""
+        reason: FinishReason = "refused" if isinstance(error, ClientMistake) else "error"
         self._outputs[owner].extend(
-            RowOutput(request.request_id, choice.index, finish_reason="error", error=error)
+            RowOutput(request.request_id, choice.index, finish_reason=reason, error=str(error))
             for choice in request.choices
         )
 
@@ -293,11 +294,11 @@ class Scheduler:
             if row.finished or not part.sample:
                 continue
             row.in_flight -= 1
-            if not output.finite[place]:
-                self._finish(row, "error", error="The model's logits for this request were not finite numbers.")
-                continue
             if place in output.errors:
                 self._finish(row, "error", error=output.errors[place])
+                continue
+            if not output.finite[place]:
+                self._finish(row, *row.why_not_finite())
                 continue
             if len(row.tokens) // size > row.num_published:
                 self._publish(row)

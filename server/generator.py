@@ -17,13 +17,15 @@ from ropeway.kernels.step import TokenLogprobs
 from ropeway.scheduler.client import EngineError, NotReady, Quarantined
 from ropeway.scheduler.messages import EditSpec, RowOutput
 from ropeway.server.detokenizer import Detokenizer
-from ropeway.server.errors import ApiError
+from ropeway.server.errors import ApiError, invalid
 from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
 from ropeway.server.stop_strings import StopAutomaton, StopMatcher
 from ropeway.server.tokenizer import TextTokenizer
 
 Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejected"]
 
+OUTCOMES: dict[int, Outcome] = {400: "rejected", 504: "timeout"}
+"""Of failures, by status; any other is an error."""
 OUT_OF_TIME = "max_time"
 LOWEST_LOGPROB = -9999.0
 """Stands for -inf, which JSON cannot say."""
@@ -270,7 +272,7 @@ class Generation:
             choice = prompt.choices[row.choice]
             if choice.finished:
                 continue  # computed after the stop string
-            if row.finish_reason in ("error", "timeout", "abort"):
+            if row.finish_reason in ("error", "refused", "timeout", "abort"):
                 self._failure = row_error(row)
                 if not row.token_ids:
                     continue
@@ -308,7 +310,7 @@ class Generation:
             if prompt.unfinished:
                 prompt.rows.abort()
         if self._failure is not None:
-            outcome = "timeout" if self._failure.status == 504 else "error"
+            outcome = OUTCOMES.get(self._failure.status, "error")
         self._observer.finish(outcome)
 
 
@@ -388,4 +390,6 @@ def row_error(row: RowOutput) -> ApiError:
     """How a row that ended in an error looks to a client."""
     if row.finish_reason == "timeout":
         return ApiError(504, row.error or "The request's deadline has passed.", code="deadline_exceeded")
+    if row.finish_reason == "refused":
+        return invalid(row.error or "The engine refused this request.", None)
     return engine_failure(row.error or "The engine gave this request up.")

@@ -59,6 +59,23 @@ def test_errors(server: RunningServer) -> None:
     error = failed.json()["error"]
     assert (failed.status_code, error["code"]) == (500, "engine_error")
     assert error["message"].startswith("The logits processor NoBadWordsLogitsProcessor failed: ValueError")
-    refused = server.post("/v1/completions", prompt=PROMPT, logits_processors=[{"name": "TopKLogitsWarper"}])
-    assert refused.status_code == 500 and "TopKLogitsWarper refused its arguments" in refused.text
+    for args, words in (
+        ({}, "TopKLogitsWarper has other arguments: missing a required argument: 'top_k'."),
+        (
+            {"top_k": 3, "colour": 1},
+            "TopKLogitsWarper has other arguments: got an unexpected keyword argument 'colour'.",
+        ),
+        ({"top_k": -3}, "TopKLogitsWarper refused its arguments top_k: ValueError"),
+    ):
+        wrong = [{"name": "TopKLogitsWarper", "args": args}]
+        refused = server.post("/v1/completions", prompt=PROMPT, logits_processors=wrong)
+        assert refused.status_code == 400 and words in refused.json()["error"]["message"], refused.text
+
+
+def test_nothing_left(server: RunningServer) -> None:
+    """Guards bans that leave nothing: a sentence about the request, not a 500 that blames the model."""
+    body = {"prompt": PROMPT, "structured_outputs": {"regex": "1{20}"}, "no_repeat_ngram_size": 2, "max_tokens": 30}
+    answer = server.post("/v1/completions", **body)
+    assert answer.status_code == 400 and "left no token" in answer.json()["error"]["message"], answer.text
+    assert server.metrics().total("ropeway_requests_total", outcome="rejected") > 0
     assert complete(server)["text"]

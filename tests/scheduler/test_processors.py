@@ -151,12 +151,17 @@ OWN = {"logits_processors": ("counter", {"first": 1, "vocab_size": VOCAB})}
 
 
 @pytest.mark.parametrize(
-    "names", [{"logits_processors": ("gone", {})}, {"logits_processors": ("counter", {"x": 1})}, OWN]
+    ("names", "reason"),
+    [
+        ({"logits_processors": ("gone", {})}, "error"),
+        ({"logits_processors": ("counter", {"first": 1, "x": 1})}, "refused"),
+        (OWN, "refused"),
+    ],
 )
-def test_what_cannot_be_built(model: LlamaForCausalLM, names: dict[str, Any]) -> None:
+def test_what_cannot_be_built(model: LlamaForCausalLM, names: dict[str, Any], reason: str) -> None:
     """Guards the engine: a name of an older worker, or arguments that a class does not take, cost that request."""
     (output,) = answers(build(model, Setup(), BUILDERS), [request(1, **names)])[1]
-    assert output.finish_reason == "error" and output.error
+    assert output.finish_reason == reason and output.error
 
 
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:

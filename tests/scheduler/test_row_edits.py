@@ -26,6 +26,8 @@ class Shift:
     num_prompt: int
     most: int = 1000
     fail_at: int = 1000
+    last: float = 0.0
+    """What every score becomes when it would fail, unless that is 0."""
     waits: int = 0
     """Times it is asked before it is ready."""
 
@@ -37,7 +39,9 @@ class Shift:
     def edit(self, token_ids: Sequence[int], scores: torch.Tensor) -> None:
         assert scores.shape == (VOCAB,) and scores.dtype == torch.float32
         if len(token_ids) - self.num_prompt >= self.fail_at:
-            raise EditError("It was too much.")
+            if not self.last:
+                raise EditError("It was too much.")
+            scores.fill_(self.last)
         scores[: token_ids[-1] // 2] = -torch.inf
         scores[(token_ids[-1] + len(token_ids)) % VOCAB] += 3
 
@@ -111,6 +115,15 @@ def test_a_failing_edit_ends_its_own_row(model: LlamaForCausalLM, alone: Answers
     broken = [edited(one, fail_at=2) if one.request_id == 4 else one for one in mixed()]
     answers = run(build(model, Setup(lag=lag), BUILDERS), {0: broken})
     assert answers.pop((4, 0)) == (alone[4, 0][0][:2], "error")
+    assert answers == {row: answer for row, answer in alone.items() if row != (4, 0)}
+
+
+@pytest.mark.parametrize(("last", "reason"), [(-torch.inf, "refused"), (torch.nan, "error"), (torch.inf, "error")])
+def test_nothing_to_choose(model: LlamaForCausalLM, alone: Answers, last: float, reason: str) -> None:
+    """Guards blame: a row whose edits ban every token was asked the impossible; no numbers are a fault."""
+    broken = [edited(one, fail_at=2, last=last) if one.request_id == 4 else one for one in mixed()]
+    answers = run(build(model, Setup(lag=1), BUILDERS), {0: broken})
+    assert answers.pop((4, 0)) == (alone[4, 0][0][:2], reason)
     assert answers == {row: answer for row, answer in alone.items() if row != (4, 0)}
 
 

@@ -187,6 +187,7 @@ async def test_nothing_is_pulled_for_a_slow_reader() -> None:
     ("end", "status", "code", "outcome"),
     [
         ([row(0, [], "error", error="The row's logits are not finite.")], 500, "engine_error", "error"),
+        ([row(0, [], "refused", error="No token was left.")], 400, "invalid_value", "rejected"),
         ([row(0, [], "timeout", error="The deadline has passed.")], 504, "deadline_exceeded", "timeout"),
         ([row(0, [], "abort")], 500, "engine_error", "error"),
         (Quarantined("Two engines died with this request."), 500, "engine_error", "error"),
