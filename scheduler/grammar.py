@@ -17,8 +17,11 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from ropeway.scheduler.shortest_end import Alphabet
+
 GRAMMAR = "grammar"
-"""Kind of the `EditSpec`; its args: `grammar`, as llguidance reads it."""
+"""Kind of the `EditSpec`; its args: `grammar`, as llguidance reads it; and, for a text that must be complete within
+max_tokens, `endings`: texts that may end what is free in it."""
 COMPILE_SECONDS = 10.0
 """A grammar that takes longer is refused."""
 MAX_GRAMMARS = 256
@@ -98,17 +101,22 @@ class Grammars:
     def __init__(self, read: Callable[[], str], vocab_size: int) -> None:
         self._read, self._vocab_size = read, vocab_size
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="grammar")
-        self._kept: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bool], Future[LLMatcher]] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
+        self._alphabet: Alphabet | None = None
         self._lock = Lock()
 
-    def compile(self, grammar: str) -> "Future[LLMatcher]":
+    def compile(self, grammar: str, letters: bool = False) -> "Future[LLMatcher]":
         """A matcher that stays as it is: `deep_copy` it to follow a text. Never waits; the future may raise
-        InvalidGrammar. To be called from one thread."""
-        known = self._kept.pop(grammar, None)
+        InvalidGrammar. To be called from one thread.
+
+        Args:
+            letters: for the alphabet instead of the model's tokens.
+        """
+        known = self._kept.pop((grammar, letters), None)
         if known is None:
-            known = self._pool.submit(self._compile, grammar)
-        self._kept[grammar] = known
+            known = self._pool.submit(self._compile, grammar, letters)
+        self._kept[grammar, letters] = known
         while len(self._kept) > MAX_GRAMMARS:
             self._kept.popitem(last=False)
         return known
@@ -121,8 +129,16 @@ class Grammars:
                 self._tokenizer = load_tokenizer(self._read(), self._vocab_size)
             return self._tokenizer
 
-    def _compile(self, grammar: str) -> LLMatcher:
-        return compile_grammar(self.tokenizer, grammar)
+    @property
+    def alphabet(self) -> Alphabet:
+        """Waits for it the first time. Raises: InvalidGrammar."""
+        tokenizer = self.tokenizer
+        with self._lock:
+            self._alphabet = self._alphabet or Alphabet(tokenizer)
+            return self._alphabet
+
+    def _compile(self, grammar: str, letters: bool) -> LLMatcher:
+        return compile_grammar(self.alphabet.tokenizer if letters else self.tokenizer, grammar)
 
     def close(self) -> None:
         """Compiles nothing more."""

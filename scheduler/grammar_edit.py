@@ -8,6 +8,7 @@ of the output ids: a preempted row goes on with its matcher, and a row that is a
 output to a new one.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,11 @@ from llguidance import LLMatcher
 
 from ropeway.kernels.errors import EditError
 from ropeway.kernels.triton_jit import upload
+from ropeway.scheduler.closing import LIKELIEST, Closing, NoEnd
 from ropeway.scheduler.grammar import COMPILE_SECONDS, Grammars, InvalidGrammar, sentence
 from ropeway.scheduler.row import Row
+
+Bits = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class GrammarBuilder:
@@ -34,7 +38,11 @@ class GrammarBuilder:
 
     def __call__(self, args: dict[str, Any], row: Row) -> "GrammarEdit":
         compiled = self._grammars.compile(args["grammar"])
-        return GrammarEdit(compiled, row, self._grammars, self._threads, self._clock)
+        letters = None if args.get("endings") is None else self._grammars.compile(args["grammar"], letters=True)
+        edit = GrammarEdit(compiled, row, self._grammars, self._threads, self._clock)
+        if letters is not None:
+            edit.close_with(letters, args["endings"])
+        return edit
 
 
 class GrammarEdit:
@@ -63,11 +71,20 @@ class GrammarEdit:
         """Nothing may follow the tokens taken."""
         self._mask: Future[bytes] | None = None
         """Of the token after the last one taken."""
+        self._max_length = row.max_length
+        self._letters: Future[LLMatcher] | None = None
+        self._endings: list[str] = []
+        self._closing: Closing | None = None
+
+    def close_with(self, letters: "Future[LLMatcher]", endings: list[str]) -> None:
+        """The text is to be complete within the row's length; see `closing.py`."""
+        self._letters, self._endings = letters, endings
 
     @property
     def ready(self) -> bool:
         """Whether the grammar is compiled, or never will be."""
-        return self._compiled.done() or self._clock() > self._deadline
+        done = self._compiled.done() and (self._letters is None or self._letters.done())
+        return done or self._clock() > self._deadline
 
     def edit(self, token_ids: Sequence[int], scores: torch.Tensor) -> None:
         """Bans what the grammar does not allow next. Raises: EditError."""
@@ -76,6 +93,8 @@ class GrammarEdit:
         packed = np.frombuffer(self._mask.result(), dtype=np.uint8).copy()
         if matcher.is_error():
             raise EditError(f"The grammar is too complex to go on: {sentence(matcher.get_error())}")
+        if self._closing is not None:
+            packed = self._fitting(self._closing, packed, scores, self._max_length - len(token_ids) - 1)
         self._allow_end(packed, matcher.is_accepting())
         if not packed.any():
             raise EditError("The grammar allows no further token, and nothing ends the answer.")
@@ -83,7 +102,7 @@ class GrammarEdit:
 
     def stop_reason(self, token_ids: Sequence[int]) -> str | None:
         """ "" once nothing may follow the last token. Raises: EditError."""
-        if not self._compiled.done() or token_ids[-1] in self._stop_ids:
+        if not self.ready or token_ids[-1] in self._stop_ids:
             return None  # it has output of another engine, or it ends anyway
         self._follow(token_ids)
         return "" if self._complete else None
@@ -98,22 +117,42 @@ class GrammarEdit:
             self._taken = len(token_ids)
             if new and not self._matcher.consume_tokens(new):
                 raise EditError(f"The answer left its grammar: {sentence(self._matcher.get_error())}")
-            self._complete = self._matcher.is_stopped()
-            self._mask = self._threads.submit(self._matcher.compute_bitmask)
+            last = self._closing is not None and len(token_ids) >= self._max_length
+            self._complete = self._matcher.is_stopped() or (last and self._matcher.is_accepting())
+            self._mask = self._threads.submit(self._prepare, self._matcher, new, self._max_length - self._taken)
         return self._matcher
 
+    def _prepare(self, matcher: LLMatcher, new: list[int], left: int) -> bytes:
+        """The mask behind the new tokens, behind which `left` more may come. In a thread."""
+        if self._closing is not None:
+            for place, token_id in enumerate(new, start=1):
+                self._closing.take(token_id, left + len(new) - place)
+        return matcher.compute_bitmask()
+
     def _begin(self) -> LLMatcher:
-        if not self._compiled.done():
+        if not (self._compiled.done() and (self._letters is None or self._letters.done())):
             raise EditError(f"Compiling the grammar took longer than {COMPILE_SECONDS:.0f} seconds.")
         try:
             matcher = self._compiled.result().deep_copy()
-        except InvalidGrammar as error:
+            if self._letters is not None:
+                self._closing = Closing(self._grammars.alphabet, self._letters.result(), self._endings)
+        except (InvalidGrammar, NoEnd) as error:
             raise EditError(f"The grammar cannot be honoured: {error}") from error
         special = self._grammars.tokenizer.is_special_token
         self._end_ids = [id for id in self._stop_ids if id < self._grammars.tokenizer.vocab_size and special(id)]
         return matcher
 
-    def _allow_end(self, packed: np.ndarray[Any, np.dtype[np.uint8]], accepting: bool) -> None:
+    def _fitting(self, closing: Closing, packed: Bits, scores: torch.Tensor, left: int) -> Bits:
+        """Of the tokens allowed: those behind which an end is known within `left` tokens, among the likeliest."""
+        allowed = scores.masked_fill(banned(packed, len(scores), scores.device), -torch.inf)
+        best = allowed.topk(min(LIKELIEST, len(allowed)))
+        likeliest = [id for id, score in zip(*map(torch.Tensor.tolist, (best.indices, best.values))) if score > -math.inf]
+        narrowed = np.zeros_like(packed)
+        for id in closing.fitting(likeliest, left) + closing.end[:1]:
+            narrowed[id // 8] |= 1 << id % 8
+        return narrowed
+
+    def _allow_end(self, packed: Bits, accepting: bool) -> None:
         """Sets the bits of the tokens that end the row. llguidance has set its own, which may be any special token."""
         own = self._grammars.tokenizer.eos_token
         if accepting:
@@ -122,7 +161,7 @@ class GrammarEdit:
                 packed[id // 8] |= 1 << id % 8
 
 
-def banned(packed: np.ndarray[Any, np.dtype[np.uint8]], width: int, device: torch.device) -> torch.Tensor:
+def banned(packed: Bits, width: int, device: torch.device) -> torch.Tensor:
     """Bits of what is allowed [ceil(width / 8) or more], lowest first -> [width] bool on the device, which is not
     waited for: only the bits travel."""
     if device.type == "cpu":

@@ -51,7 +51,6 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": (),
     "guidance_scale": (1,),
-    "json_close_on_length": (False,),
     "length_penalty": (1,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
@@ -227,6 +226,7 @@ class SamplingFields(BaseModel):
     regex: str | None = _number("a string: a regular expression")
     ebnf: str | None = _number("a string: a grammar")
     grammar: dict[str, Any] | str | None = _number("an object with type and value, or the text of a grammar")
+    json_close_on_length: bool | None = _number("true or false")
     stream: bool | None = _number("true or false")
     stream_options: StreamOptions | None = _number(
         "an object with include_usage and continuous_usage_stats, each true or false"

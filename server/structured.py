@@ -15,6 +15,7 @@ from typing import Any
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from ropeway.scheduler.closing import Closing, NoEnd
 from ropeway.scheduler.grammar import COMPILE_SECONDS, GRAMMAR, Grammars, InvalidGrammar
 from ropeway.scheduler.grammar_library import NAMED_GRAMMARS, UNKNOWN_GRAMMARS
 from ropeway.scheduler.messages import EditSpec
@@ -28,6 +29,7 @@ from ropeway.server.tool_grammar import Grammar, calls_grammar, json_grammar
 WHITESPACE = r"( |\n[ \t]{0,24})"
 """Between JSON's tokens, unless the request says otherwise. Without an end, some models write nothing else for ever."""
 MAX_CHOICES = 1024
+CLOSE = "json_close_on_length"
 KINDS = ("json", "regex", "choice", "grammar")
 ALIASES = {
     "guided_json": "json",
@@ -48,6 +50,8 @@ class Structure:
     """The field, for errors."""
     grammars: Callable[[Marker], list[Grammar]]
     """The first is the answer's and may refer to the others. Raises: ApiError 400."""
+    is_json: bool = True
+    """Whether it is JSON, or calls."""
 
 
 def read_structure(fields: SamplingFields) -> Structure | None:
@@ -110,7 +114,7 @@ def _tgi_grammar(given: Any) -> tuple[str, str, Any]:
 
 def _structure(param: str, kind: str, value: Any, whitespace: str) -> Structure:
     grammar = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}[kind](param, value, whitespace)
-    return Structure(param, lambda marker: [grammar])
+    return Structure(param, lambda marker: [grammar], kind == "json")
 
 
 def _json(param: str, value: Any, whitespace: str) -> Grammar:
@@ -156,6 +160,13 @@ def _grammar(param: str, value: Any, whitespace: str) -> Grammar:
     return {"name": "answer", "lark_grammar": _PRIORITY.sub(r"\1", value)}
 
 
+def closes(fields: SamplingFields, structured: bool) -> bool:
+    """Whether the answer is to be complete within max_tokens. Raises: ApiError 400 for one without a format."""
+    if fields.json_close_on_length and not structured:
+        raise invalid(f"{CLOSE} needs an answer that is JSON.", CLOSE)
+    return bool(fields.json_close_on_length)
+
+
 def forced_calls(output: OutputFormat, names: Sequence[str], parallel: bool) -> Structure:
     """The answer is a call of one of these tools. Raises: ApiError 400 if nobody knows how the model writes calls."""
     shape = output.tools
@@ -171,28 +182,52 @@ async def grammar_edit(
     tokenizer: TextTokenizer,
     structures: Sequence[Structure],
     output: OutputFormat | None = None,
+    close_within: int | None = None,
 ) -> EditSpec:
     """What the engine is told, once the grammar has been compiled here.
 
     Args:
         structures: an answer has one of them.
         output: where thoughts may come before the answer.
+        close_within: tokens within which the answer must be complete; None where it may be cut.
 
-    Raises: ApiError 400 if it is no grammar, or one that llguidance cannot honour, or one that takes too long.
+    Raises: ApiError 400 if it is no grammar, or one that llguidance cannot honour, or one that takes too long; or if no
+        answer is complete within so few tokens.
     """
     param = structures[-1].param
+    if close_within is not None and not all(structure.is_json for structure in structures):
+        raise invalid(f"{CLOSE} needs an answer that is JSON.", CLOSE)
     try:
         async with asyncio.timeout(COMPILE_SECONDS):
             text = await asyncio.to_thread(_whole, grammars, tokenizer, structures, output)
             # Others may wait for the same one: who goes away must not cancel it.
             await asyncio.shield(asyncio.wrap_future(grammars.compile(text)))
+            if close_within is None:
+                return EditSpec(GRAMMAR, {"grammar": text})
+            letters = await asyncio.shield(asyncio.wrap_future(grammars.compile(text, letters=True)))
+            endings = _endings(output)
+            closing = await asyncio.to_thread(Closing, grammars.alphabet, letters, endings)
+    except NoEnd as error:
+        raise invalid(f"{CLOSE} cannot be honoured with this {param}: {error}.", CLOSE) from None
     except InvalidGrammar as error:
         raise invalid(f"{param} cannot be honoured: {error}", param) from None
     except TimeoutError:
         raise invalid(f"{param} takes more than {COMPILE_SECONDS:.0f} s to compile.", param) from None
     except RecursionError:
         raise invalid(f"{param} cannot be honoured: it is nested too deep.", param) from None
-    return EditSpec(GRAMMAR, {"grammar": text})
+    if len(closing.end) > close_within:
+        message = f"{CLOSE} needs max_tokens of at least {len(closing.end)}, for the shortest answer known; there are"
+        raise invalid(f"{message} {close_within}.", "max_tokens")
+    return EditSpec(GRAMMAR, {"grammar": text, "endings": endings})
+
+
+def _endings(output: OutputFormat | None) -> list[str]:
+    """Texts that end what is free in an answer, beside quotes and special tokens."""
+    if output is None:
+        return []
+    tags = output.tools.tags if output.tools else None
+    values = [("\n" if tags.lines else "") + tags.value_close] if tags else []
+    return ([output.reasoning.close] if output.reasoning else []) + values
 
 
 def _whole(

@@ -108,7 +108,7 @@ def create_router(services: Services) -> APIRouter:
         record.settle(len(prompt.ids))
         logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
         plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
-        edits = await conversation_edits(services, fields, talk, prompt)
+        edits = await conversation_edits(services, fields, talk, prompt, plan.max_tokens)
         plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
         generation = services.start(request.scope, [plan], record)
         return answer(services, fields, plan, prompt.output, generation)

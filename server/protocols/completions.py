@@ -86,7 +86,7 @@ def create_router(services: Services) -> APIRouter:
             )
             for place, prompt_ids in enumerate(ids)
         ]
-        edits = await structure_edits(services, fields)
+        edits = await structure_edits(services, fields, min(plan.max_tokens for plan in plans))
         plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
         generation = services.start(request.scope, plans, record)
         hints = [prompt_hints(services.tokenizer, *pair) for pair in zip(prompts, ids, strict=True)]

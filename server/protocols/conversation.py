@@ -16,7 +16,7 @@ from ropeway.server.protocols.shared import check_could_fit
 from ropeway.server.reasoning import Effort, template_variables
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
-from ropeway.server.structured import forced_calls, grammar_edit, read_structure
+from ropeway.server.structured import closes, forced_calls, grammar_edit, read_structure
 from ropeway.server.tokenizer import INLINE_CHARS
 from ropeway.server.tool_choice import ToolChoice
 
@@ -84,10 +84,11 @@ async def encode_conversation(services: Services, talk: Conversation) -> Prompt:
 
 
 async def conversation_edits(
-    services: Services, fields: SamplingFields, talk: Conversation, prompt: Prompt
+    services: Services, fields: SamplingFields, talk: Conversation, prompt: Prompt, max_tokens: int
 ) -> list[EditSpec]:
     """What makes the engine keep to the formats that a request asks of its answer. Raises: ApiError 400."""
     structure, output, choice = read_structure(fields), prompt.output, talk.tool_choice
+    close_within = max_tokens if closes(fields, structure is not None or choice.mode == "required") else None
     if choice.mode == "required":
         structures = [forced_calls(output, choice.names, output.parallel and not choice.named)]
         if structure is not None:
@@ -97,7 +98,7 @@ async def conversation_edits(
     else:  # calls are answers as well
         calls = [forced_calls(output, list(output.schemas), output.parallel)] if output.tools else []
         structures = [*calls, structure]
-    return [await grammar_edit(services.grammars, services.tokenizer, structures, output)]
+    return [await grammar_edit(services.grammars, services.tokenizer, structures, output, close_within)]
 
 
 def _render(template: ChatTemplate, talk: Conversation, variables: dict[str, Any]) -> list[str]:

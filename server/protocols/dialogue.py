@@ -40,7 +40,7 @@ async def converse(
     fields.ignore([name for name in ("n", "num_return_sequences") if getattr(fields, name) not in (None, 1)])
     record.settle(len(prompt.ids))
     plan = generation_request(services, request, fields, prompt.ids, logprobs=None, default_tokens="rest", param=param)
-    edits = await conversation_edits(services, fields, talk, prompt)
+    edits = await conversation_edits(services, fields, talk, prompt, plan.max_tokens)
     plan = replace(plan, n=1, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
     generation = services.start(request.scope, [plan], record)
     reader = OutputReader(

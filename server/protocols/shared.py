@@ -19,7 +19,7 @@ from ropeway.server.request import GenerationRequest
 from ropeway.server.sampling import check_ids, context_error, output_limit, sampling_params
 from ropeway.server.sampling_fields import SamplingFields, names_header
 from ropeway.server.services import Services, key_id
-from ropeway.server.structured import grammar_edit, read_structure
+from ropeway.server.structured import closes, grammar_edit, read_structure
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_MS = 10**9
@@ -153,14 +153,18 @@ async def start(
     plan = generation_request(
         services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
     )
-    plan = replace(plan, edits=(*await structure_edits(services, fields), *plan.edits))
+    edits = await structure_edits(services, fields, plan.max_tokens)
+    plan = replace(plan, edits=(*edits, *plan.edits))
     return plan, services.start(request.scope, [plan], record)
 
 
-async def structure_edits(services: Services, fields: SamplingFields) -> list[EditSpec]:
+async def structure_edits(services: Services, fields: SamplingFields, max_tokens: int) -> list[EditSpec]:
     """What makes the engine keep to the format that a request asks of a plain answer. Raises: ApiError 400."""
     structure = read_structure(fields)
-    return [await grammar_edit(services.grammars, services.tokenizer, [structure])] if structure else []
+    close_within = max_tokens if closes(fields, structure is not None) else None
+    if structure is None:
+        return []
+    return [await grammar_edit(services.grammars, services.tokenizer, [structure], close_within=close_within)]
 
 
 def truncated(prompt_ids: list[int], fields: SamplingFields, context: int) -> list[int]:

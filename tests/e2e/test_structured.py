@@ -153,6 +153,45 @@ def test_after_thoughts(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(choice.message.content), SCHEMA)
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_complete_within_max_tokens(server: RunningServer, thinks: bool) -> None:
+    """Guards `json_close_on_length`: from the number that the refusal names upwards, every answer is complete."""
+    body = {"messages": [{"role": "user", "content": "Who are you?"}], "response_format": by_schema(SCHEMA)}
+    body |= {"json_close_on_length": True, "chat_template_kwargs": {"enable_thinking": thinks}}
+    refused = server.post("/v1/chat/completions", **body, max_tokens=1)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
+    least = int(re.findall(r"at least (\d+)", refused.json()["error"]["message"])[0])
+    assert server.post("/v1/chat/completions", **body, max_tokens=least - 1).status_code == 400
+
+    def one(most: int) -> Any:
+        sampling = {"temperature": 1.3, "seed": most} if most % 2 else {"temperature": 0}
+        return server.post("/v1/chat/completions", **body, **sampling, max_tokens=most).json()
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(one, range(least, least + 40)))
+    for most, answer in enumerate(answers, start=least):
+        (choice,) = answer["choices"]
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        assert choice["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] <= most
+
+
+def test_calls_within_max_tokens(server: RunningServer) -> None:
+    """Guards forced calls and plain prompts the same way; what is no JSON is refused."""
+    body = {"json_close_on_length": True, "temperature": 1.5, "seed": 1, "max_tokens": 24}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    messages = [{"role": "user", "content": "Hi"}]
+    answer = server.post("/v1/chat/completions", **body, messages=messages, tools=TOOLS, tool_choice=named).json()
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
+    for most in range(8, 14):
+        fields = body | {"max_tokens": most, "prompt": "Red", "response_format": {"type": "json_object"}}
+        answer = server.post("/v1/completions", **fields).json()
+        assert isinstance(json.loads(answer["choices"][0]["text"]), dict)
+    for fields in ({}, {"guided_regex": "a"}):
+        refused = server.post("/v1/completions", **body, prompt="Red", **fields)
+        assert refused.json()["error"]["param"] == "json_close_on_length"
+
+
 def test_other_protocols(server: RunningServer) -> None:
     """Guards the newer shapes: the same formats under their names."""
     shape = {"type": "json_schema", "name": "answer", "schema": SCHEMA}
