@@ -146,7 +146,8 @@ class GrammarEdit:
         """Of the tokens allowed: those behind which an end is known within `left` tokens, among the likeliest."""
         allowed = scores.masked_fill(banned(packed, len(scores), scores.device), -torch.inf)
         best = allowed.topk(min(LIKELIEST, len(allowed)))
-        likeliest = [id for id, score in zip(*map(torch.Tensor.tolist, (best.indices, best.values))) if score > -math.inf]
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        likeliest = [id for id, score in pairs if score > -math.inf]
         narrowed = np.zeros_like(packed)
         for id in closing.fitting(likeliest, left) + closing.end[:1]:
             narrowed[id // 8] |= 1 << id % 8

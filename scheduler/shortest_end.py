@@ -127,9 +127,7 @@ def _certain(alphabet: Alphabet, state: LLMatcher, endings: Sequence[bytes]) -> 
     return [alphabet.first + visible[0]] if len(visible) == 1 else []
 
 
-def _closing(
-    alphabet: Alphabet, state: LLMatcher, following: Sequence[int], endings: Sequence[bytes]
-) -> list[int]:
+def _closing(alphabet: Alphabet, state: LLMatcher, following: Sequence[int], endings: Sequence[bytes]) -> list[int]:
     """A step that ends something; else nothing."""
     if len(following) < FREE:
         return next(([alphabet.first + byte] for byte in CLOSING if byte in following), [])
