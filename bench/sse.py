@@ -93,6 +93,7 @@ def load(config: EngineConfig, text_dir: str, progress: Progress) -> Loaded:
         num_blocks=100_000,
         block_size=BLOCK_SIZE,
         kv_cache_bytes=0,
+        kv_cache_dtype="bfloat16",
         weight_bytes=0,
         text_dir=text_dir,
         step_timeout=60.0,

@@ -145,6 +145,7 @@ def paged_attention(
     metadata: AttentionMetadata,
     *,
     scale: float,
+    v_scale: float = 1.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -153,10 +154,11 @@ def paged_attention(
 
     Args:
         q: [N,Hq,D].
-        k_pool: [num_blocks,block_size,Hkv,D]; query head h reads KV head h // (Hq / Hkv).
+        k_pool: [num_blocks,block_size,Hkv,D], of q's dtype or FP8; query head h reads KV head h // (Hq / Hkv).
         v_pool: [num_blocks,block_size,Hkv,Dv].
         metadata: of the batch with these N tokens.
-        scale: factor of q.k.
+        scale: factor of q.k, with that of k in the pool.
+        v_scale: factor of v in the pool.
         sliding_window: a key is visible iff query position - key position < sliding_window.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
         sinks: [Hq], per head one logit more in the softmax, which has no value (gpt-oss, arXiv:2309.17453).
@@ -168,20 +170,22 @@ def paged_attention(
         return triton_attention.paged_attention(
             *(q, k_pool, v_pool, metadata.ragged),
             scale=scale,
+            v_scale=v_scale,
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
         )
     out = q.new_empty(*q.shape[:2], v_pool.shape[-1])
     for call in metadata.decode:
-        k, v, mask = call.gather(k_pool, v_pool, sliding_window, metadata.scratch)
+        k, v, mask = call.gather(k_pool, v_pool, sliding_window, metadata.scratch, q.dtype)
         attended = _decode_attention(q[call.tokens], k, v, mask, scale, softcap, sinks)
         out.index_copy_(0, call.tokens, attended)
     for chunk in metadata.chunks:
         gather = chunk.gather(sliding_window)
         queries = q[chunk.tokens].transpose(0, 1)[None]  # [1,Hq,Q,D]
         k, v = (  # [1,Hkv,S,D]
-            pool.flatten(0, 1).index_select(0, gather.slots).transpose(0, 1)[None] for pool in (k_pool, v_pool)
+            pool.flatten(0, 1).index_select(0, gather.slots).to(q.dtype).transpose(0, 1)[None]
+            for pool in (k_pool, v_pool)
         )
         if softcap is None and sinks is None:
             grouped, causal = q.shape[1] != k.shape[1], gather.mask is None
@@ -191,7 +195,7 @@ def paged_attention(
         else:
             attended = _explicit_attention(queries, k, v, gather.mask, scale, softcap, sinks)
         out[chunk.tokens] = attended[0].transpose(0, 1)
-    return out
+    return out if v_scale == 1 else out * v_scale
 
 
 def _decode_attention(

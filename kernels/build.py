@@ -10,6 +10,7 @@ from ropeway.kernels.cpu_linear import pack_linears, threads_for
 from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fp8 import quantise_to_fp8
+from ropeway.kernels.fp8_cache import check_fp8_cache
 from ropeway.kernels.fusion import fuse
 from ropeway.kernels.graphs import LARGEST_MIXED, CudaCapture, decode_sizes, mixed_sizes
 from ropeway.kernels.kv_pool import KVPool
@@ -49,6 +50,7 @@ class RunnerInfo:
     """The reserved block 0 included."""
     block_size: int
     kv_cache_bytes: int
+    kv_cache_dtype: str
     quantization: str | None = None
     """How the weights are quantised; None if they are not."""
     fusion: str | None = None
@@ -73,6 +75,7 @@ def build_runner(
     max_num_batched_tokens: int = 2048,
     block_size: int = 16,
     kv_cache_bytes: int | None = None,
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto",
     gpu_memory_utilization: float = 0.9,
     threads: int | None = None,
     progress: Progress = lambda stage, share: None,
@@ -81,7 +84,7 @@ def build_runner(
     """Load a model, find its layout, plan the KV cache, compile and capture. State slots are 0 .. max_num_seqs - 1.
 
     Args: as in `load_model`, `choose_layout`, `kv_budget` and `plan_blocks`; kv_cache_bytes None = `kv_budget`;
-        max_num_batched_tokens: of the largest step;
+        max_num_batched_tokens: of the largest step; kv_cache_dtype: auto = as the model computes K and V;
         threads: intra-op threads on the CPU, None = `threads_for`; progress(stage for people, share of it all);
         compiling: the same for the time in which a GPU's kernels are compiled and captured.
 
@@ -90,6 +93,8 @@ def build_runner(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if kv_cache_dtype == "fp8":
+        check_fp8_cache(device)
     loaded = load_model(
         model,
         revision=revision,
@@ -109,6 +114,7 @@ def build_runner(
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     choice = choose_layout(loaded.model, loaded.max_model_len, layout)
+    scales = choice.scales if kv_cache_dtype == "fp8" else None
     on_gpu = loaded.device.type == "cuda"
     packed = choice.layout == "packed"
     fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and packed else None
@@ -124,16 +130,17 @@ def build_runner(
     reserved = 0
     if isinstance(sampler, TritonSampler):
         progress("running the largest step", 0.85)
-        reserved = _bytes_of_steps(loaded, forward_class, sampler, max_num_batched_tokens, block_size, len(sizes))
+        trial = forward_class(loaded.model, KVPool(2, block_size, scales=scales))
+        reserved = _bytes_of_steps(loaded, trial, sampler, max_num_batched_tokens, block_size, len(sizes))
     progress("making the KV cache", 0.9)
     num_blocks = plan_blocks(
         kv_budget(loaded.device, gpu_memory_utilization) - reserved if kv_cache_bytes is None else kv_cache_bytes,
-        bytes_per_block=choice.bytes_per_token * block_size,
+        bytes_per_block=(choice.bytes_per_token if scales is None else choice.numbers_per_token) * block_size,
         block_size=block_size,
         max_model_len=loaded.max_model_len,
         max_num_seqs=max_num_seqs,
     )
-    pool = KVPool(num_blocks, block_size)
+    pool = KVPool(num_blocks, block_size, scales=scales)
     forward = forward_class(loaded.model, pool)
     logits_dtype = _warm_up(forward, block_size, loaded.device)
     runner = ModelRunner(
@@ -162,6 +169,7 @@ def build_runner(
         num_blocks=num_blocks,
         block_size=block_size,
         kv_cache_bytes=num_blocks * pool.bytes_per_block,
+        kv_cache_dtype=str(loaded.dtype).removeprefix("torch.") if scales is None else "float8_e4m3fn",
         quantization=loaded.quantization,
         fusion=None if fusion is None else fusion.sentence(),
         no_graphs=no_graphs,
@@ -170,18 +178,18 @@ def build_runner(
 
 def _bytes_of_steps(
     loaded: LoadedModel,
-    forward_class: type[PackedForward] | type[PaddedForward],
+    forward: Forward,
     sampler: TritonSampler,
     max_tokens: int,
     block_size: int,
     num_graphs: int,
 ) -> int:
-    """Bytes that stepping takes beside weights and KV cache, found out by running the largest step there may be.
+    """Bytes that stepping takes beside weights and KV cache, found out by running the largest step there may be,
+    through a forward whose pool has blocks 0 and 1.
 
     Raises NotEnoughMemory.
     """
     rows, width = sampler.state.num_slots, sampler.state.vocab_size
-    forward = forward_class(loaded.model, KVPool(2, block_size))
     logits_bytes = 4 * (rows + 1) * width
 
     def step(tokens: int) -> None:

@@ -60,9 +60,9 @@ class DecodeRows:
     """By sliding window: made once per step, shared by the layers."""
 
     def gather(
-        self, k_pool: torch.Tensor, v_pool: torch.Tensor, window: int | None, scratch: Scratch
+        self, k_pool: torch.Tensor, v_pool: torch.Tensor, window: int | None, scratch: Scratch, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """K [G,Hkv,S,D], V [G,Hkv,S,Dv] and which of them are visible, [G,1,1,S] or None for all.
+        """K [G,Hkv,S,D], V [G,Hkv,S,Dv] in `dtype` and which of them are visible, [G,1,1,S] or None for all.
 
         Valid until the next gather into the same scratch. Columns that are not visible hold finite values.
         """
@@ -73,7 +73,10 @@ class DecodeRows:
         blocks = self.blocks[window]
         rows = len(self.tokens)
         k, v = (
-            scratch.take(name, pool, blocks.ids).index_fill_(0, blocks.dead, 0).view(rows, -1, *pool.shape[2:])
+            scratch.take(name, pool, blocks.ids)
+            .to(dtype)
+            .index_fill_(0, blocks.dead, 0)
+            .view(rows, -1, *pool.shape[2:])
             for name, pool in (("k", k_pool), ("v", v_pool))
         )
         return k.transpose(1, 2), v.transpose(1, 2), blocks.mask

@@ -14,7 +14,7 @@ from ropeway.kernels.triton_linear import few_rows_linear, max_rows, round_rows
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 ROUTERS = ("gate", "router")
-"""Names of layers whose few outputs choose experts: rounding them changes the choice."""
+"""Names of modules whose few outputs choose experts: rounding them changes the choice."""
 
 
 class Fp8Linear(nn.Module):
@@ -79,14 +79,30 @@ def check_fp8(device: torch.device, dtype: torch.dtype, device_map: str) -> None
 def quantise_to_fp8(model: nn.Module) -> int:
     """Rounds the plain linear layers of a model's blocks, in their places; returns how many.
 
-    Blocks = what stands in a `ModuleList`: neither embeddings nor the output layer. Layers that choose experts stay,
-    and those whose sizes are no multiples of 16."""
+    Blocks = what stands in a `ModuleList`: neither embeddings nor the output layer. Layers that choose experts stay, merged
+    with others or not, and those whose sizes are no multiples of 16."""
+    routers = _router_weights(model)
     count = 0
     for parent in [m for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()]:
         for name, child in list(parent.named_children()):
-            if name in ROUTERS or type(child) is not nn.Linear or "forward" in vars(child):
+            if type(child) is not nn.Linear or "forward" in vars(child):
+                continue
+            start = child.weight.data_ptr()
+            if any(start <= weight < start + child.weight.nbytes for weight in routers):
                 continue
             if child.in_features % 16 == 0 and child.out_features % 16 == 0:
                 setattr(parent, name, Fp8Linear(child).eval())
                 count += 1
     return count
+
+
+def _router_weights(model: nn.Module) -> set[int]:
+    """Where in memory the weights of routers are; one that was merged with others is a view of what they became."""
+    weights: set[int] = set()
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if name in ROUTERS:
+                own = getattr(child, "weight", None)
+                weights |= {weight.data_ptr() for weight in child.parameters()}
+                weights |= {own.data_ptr()} if isinstance(own, torch.Tensor) else set()
+    return weights

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ropeway.kernels import triton_mlp, triton_norm, triton_rope
+from ropeway.kernels.fp8_cache import Scales, put
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Layout = Literal["halves", "repeated", "once"]
@@ -141,6 +142,7 @@ def rotate_and_write(
     slots: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
+    scales: Scales = Scales(),  # noqa: B008  # frozen
 ) -> torch.Tensor:
     """Normalise and rotate q and k, store k and v.
 
@@ -154,14 +156,15 @@ def rotate_and_write(
         slots: [N] int64, where in the pools each token's K and V go.
         k_pool: [num_blocks,block_size,Hkv,D], contiguous.
         v_pool: [num_blocks,block_size,Hkv,Dv], contiguous.
+        scales: of the pools, if they are in FP8.
 
     Returns:
         The rotated q [N,Hq,D], contiguous. Pairs are rotated in fp32 and rounded once.
     """
     if _on_gpu(q.x):
-        return triton_rope.rotate_and_write(q, k, v, cos, sin, rotation, slots, k_pool, v_pool)
-    k_pool.flatten(0, 1).index_copy_(0, slots, plain_rotated(k, cos, sin, rotation))
-    v_pool.flatten(0, 1).index_copy_(0, slots, v)
+        return triton_rope.rotate_and_write(q, k, v, cos, sin, rotation, slots, k_pool, v_pool, scales)
+    put(k_pool, slots, plain_rotated(k, cos, sin, rotation), scales.k)
+    put(v_pool, slots, v, scales.v)
     return plain_rotated(q, cos, sin, rotation)
 
 

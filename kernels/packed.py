@@ -96,12 +96,14 @@ def _attention(
     step.windows[layer] = sliding_window
     q = _written(step, layer, query, key, value[0].transpose(0, 1))
     k_pool, v_pool = step.pool.layer(layer)
+    scales = step.pool.scales(layer)
     out = paged_attention(
         q,
         k_pool,
         v_pool,
         step.metadata,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=(query.shape[-1] ** -0.5 if scaling is None else scaling) * scales.k,
+        v_scale=scales.v,
         sliding_window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
@@ -114,7 +116,8 @@ def _written(step: _Step, layer: int, query: torch.Tensor, key: torch.Tensor, va
     if isinstance(query, Rotated) and isinstance(key, Rotated) and query.pairs_with(key):
         q, k, angles = query.taken(), key.taken(), query.angles
         pools = step.pool.made_for(layer, k.x, value)
-        return rotate_and_write(q, k, value, angles.cos[0], angles.sin[0], angles.rotation, step.slots, *pools)
+        scales = step.pool.scales(layer)
+        return rotate_and_write(q, k, value, angles.cos[0], angles.sin[0], angles.rotation, step.slots, *pools, scales)
     query, key, value = plain((query, key, value))
     step.pool.write(layer, step.slots, key[0].transpose(0, 1), value)
     return query[0].transpose(0, 1)

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ropeway.kernels.attention import context_slots, grouped_rows
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.forward import ModelCall, plain_attention, use_attention
+from ropeway.kernels.fp8_cache import restored
 from ropeway.kernels.kv_pool import KVPool
 
 SHORT_CHUNK = 16
@@ -97,12 +98,12 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         """Write the new [B,Hkv,T,D], return every row's context, left-padded: [B,Hkv,S,D] and [B,Hkv,S,Dv]."""
         k, v = (new.transpose(1, 2).flatten(0, 1)[self._grid.places] for new in (key_states, value_states))
         self._pool.write(self._layer, self._grid.write_slots, k, v)
-        slots = self._grid.read_slots
+        slots, scales = self._grid.read_slots, self._pool.scales(self._layer)
         k, v = (
             pool.flatten(0, 1).index_select(0, slots.flatten()).view(*slots.shape, *pool.shape[2:]).transpose(1, 2)
             for pool in self._pool.layer(self._layer)
         )
-        return k, v
+        return restored(k, scales.k, key_states.dtype), restored(v, scales.v, value_states.dtype)
 
     def get_seq_length(self) -> int:
         """Columns before the new ones."""

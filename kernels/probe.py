@@ -1,10 +1,11 @@
 """Which layout a model runs in, found out by running it, or one sentence why it cannot be batched.
 
 Three ragged rows, each in two chunks and two decode steps, go through a layout together and are compared with each
-row alone through the plain model, at every position. What shows only at length is decided from the config.
+row alone through the plain model, at every position. What shows only at length is decided from the config. The trial's
+KV cache is never in FP8: a layout is right or wrong, whatever the cache is rounded to; its numbers give FP8's scales.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.errors import UnsupportedModel
 from ropeway.kernels.forward import UnsupportedAttention, plain_attention, use_attention, uses_softcap
+from ropeway.kernels.fp8_cache import Scales, scales_of
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
@@ -40,7 +42,11 @@ class Choice:
     reason: str
     """One sentence for people."""
     bytes_per_token: int
-    """Of KV cache, over all layers."""
+    """Of KV cache, over all layers, as the model computes it."""
+    numbers_per_token: int
+    """Of KV cache, over all layers: its bytes if it is in FP8."""
+    scales: dict[int, Scales]
+    """Of each layer, for a cache in FP8."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -50,6 +56,8 @@ class _Trial:
     refusal: str | None
     difference: float = 0.0
     bytes_per_token: int = 0
+    numbers_per_token: int = 0
+    scales: dict[int, Scales] = field(default_factory=dict)
 
 
 def choose_layout(model: PreTrainedModel, max_model_len: int, wanted: Literal["auto"] | Layout = "auto") -> Choice:
@@ -75,7 +83,7 @@ def choose_layout(model: PreTrainedModel, max_model_len: int, wanted: Literal["a
         if trial.refusal is None:
             found = f"its logits are within {trial.difference:.1e} of the plain model's (allowed {allowed:.1e})"
             reason = f"{layout}: {found}" if not refusals else f"{layout}: {found}; not {'; '.join(refusals)}"
-            return Choice(layout, reason, trial.bytes_per_token)
+            return Choice(layout, reason, trial.bytes_per_token, trial.numbers_per_token, trial.scales)
         refusals.append(f"{layout}, because {trial.refusal}")
     raise UnsupportedModel(f"{name} cannot be batched: not {'; not '.join(refusals)}.")
 
@@ -182,7 +190,8 @@ def _try(
     difference = largest_difference(logits, reference)
     if not difference <= allowed:  # NaN is not
         return _Trial(f"its logits differ by {difference:.1e} from the plain model's (allowed {allowed:.1e})")
-    return _Trial(None, difference, pool.bytes_per_block // BLOCK_SIZE)
+    sizes = pool.bytes_per_block // BLOCK_SIZE, pool.numbers_per_block // BLOCK_SIZE
+    return _Trial(None, difference, *sizes, {layer: scales_of(*pool.layer(layer)) for layer in pool.layers})
 
 
 def _batched_logits(

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.fp8 import FP8
 from ropeway.kernels.triton_attention_kernels import attend, merge
 from ropeway.kernels.triton_attention_plan import Plan, make_plan
 from ropeway.kernels.triton_jit import ceil_div, launch_options, next_power_of_2, starts_early
@@ -133,6 +134,7 @@ def paged_attention(
     rows: RaggedRows,
     *,
     scale: float,
+    v_scale: float = 1.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -140,11 +142,12 @@ def paged_attention(
     """Causal attention of every token over its own row's context, which the pools already hold.
 
     Args:
-        q: [N,Hq,D], the last dimension dense; fp32, bf16 or fp16 like the pools.
+        q: [N,Hq,D], the last dimension dense; fp32, bf16 or fp16 like the pools, unless those are in FP8.
         k_pool: [num_blocks,block_size,Hkv,D], contiguous; query head h reads KV head h // (Hq / Hkv).
         v_pool: [num_blocks,block_size,Hkv,Dv], contiguous.
         rows: of the batch with these N tokens.
-        scale: factor of q.k, above 0.
+        scale: factor of q.k, with that of k in the pool; above 0.
+        v_scale: factor of v in the pool.
         sliding_window: a key is visible iff query position - key position < sliding_window.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
         sinks: [Hq], per head one logit more in the softmax, which has no value (gpt-oss, arXiv:2309.17453).
@@ -154,8 +157,8 @@ def paged_attention(
         at keys that no token of a tile sees is not read; a row without context gets zeros.
     """
     assert k_pool.is_contiguous() and v_pool.is_contiguous() and q.stride(2) == 1
-    assert q.dtype == k_pool.dtype == v_pool.dtype and scale > 0
-    call = _Call(q, k_pool, v_pool, rows, scale, sliding_window, softcap, sinks)
+    assert k_pool.dtype == v_pool.dtype and k_pool.dtype in (q.dtype, FP8) and scale > 0
+    call = _Call(q, k_pool, v_pool, rows, scale, v_scale, sliding_window, softcap, sinks)
     out = q.new_empty(*q.shape[:2], v_pool.shape[3])
     group = q.shape[1] // k_pool.shape[2]
     sizes = group, q.shape[2], v_pool.shape[3], q.element_size()
@@ -180,6 +183,7 @@ class _Call:
     v_pool: torch.Tensor
     rows: RaggedRows
     scale: float
+    v_scale: float
     sliding_window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
@@ -223,7 +227,8 @@ class _Call:
         attend[(programs,)](
             *(q, self.k_pool, self.v_pool, out, partial, stats, sinks, *where),
             *(rows.block_table, rows.block_table.stride(0), *_parts(plan, rows)),
-            *(q.stride(0), q.stride(1), splits, self.scale, self.softcap or 0.0, self.sliding_window or 0),
+            *(q.stride(0), q.stride(1), splits, self.scale, self.v_scale),
+            *(self.softcap or 0.0, self.sliding_window or 0),
             **sizes,
             HEAD=head,
             BLOCK_D=max(16, next_power_of_2(head)),

@@ -95,7 +95,7 @@ def _walk(
             k = tl.load(k_at, mask=seen[None, :] & (dim < HEAD)[:, None], other=0.0)
         else:
             k = tl.load(k_at)
-        score = tl.dot(q, k, input_precision="ieee")
+        score = tl.dot(q, k.to(q.dtype), input_precision="ieee")
         if SOFTCAP:
             # softcap * tanh(x), since tanh(x) = 1 - 2 / (exp(2x) + 1); `scale` holds 2 / softcap, both in base 2.
             score = softcap - 2 * softcap / (tl.exp2(score * scale) + 1)
@@ -121,7 +121,7 @@ def _walk(
             v = tl.load(v_at, mask=seen[:, None] & (dim_v < HEAD_V)[None, :], other=0.0)
         else:
             v = tl.load(v_at)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weight.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 
@@ -149,6 +149,7 @@ def attend(
     q_stride_head,
     splits,
     scale,
+    v_scale,
     softcap,
     window,
     KV_HEADS: tl.constexpr,
@@ -221,6 +222,8 @@ def attend(
     table = block_table + row.to(tl.int64) * table_stride
     q_offset = (first + token).to(tl.int64) * q_stride_token + head * q_stride_head
     q = tl.load(q_at + q_offset[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD)[None, :], other=0.0)
+    if k_pool.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)  # FP8 becomes it in one instruction, bf16 in several
     position = first_position + token
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -239,6 +242,7 @@ def attend(
         softcap * LOG2E, window, KV_HEADS, HEAD, HEAD_V, BLOCK_D, BLOCK_DV, BLOCK_SIZE, BLOCK_N, SOFTCAP, WINDOW,
         MASKED=True,
     )  # fmt: skip
+    acc *= v_scale
 
     dim_v = tl.arange(0, BLOCK_DV)
     parts = 1

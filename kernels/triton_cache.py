@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ropeway.kernels.fp8 import FP8
+from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2, upload
 
 try:
@@ -22,14 +24,22 @@ COPY_WORDS = 1024
 """8-byte words of a block that one program copies."""
 
 
-def write_kv(k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def write_kv(
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: Scales = Scales(),  # noqa: B008  # frozen
+) -> None:
     """Store new tokens: pools [num_blocks,block_size,Hkv,D] and [..,Dv], contiguous; slots [N] int64; k [N,Hkv,D] and
-    v [N,Hkv,Dv] of the pools' dtype, with any strides. Tokens of one slot (padding) write in any order."""
+    v [N,Hkv,Dv] of the pools' dtype or, with the layer's scales, for pools in FP8; any strides. Tokens of one slot
+    (padding) write in any order."""
     assert k_pool.is_contiguous() and v_pool.is_contiguous()
-    assert k.dtype == k_pool.dtype and v.dtype == v_pool.dtype
+    assert k_pool.dtype in (k.dtype, FP8) and v_pool.dtype in (v.dtype, FP8)
     heads, head, head_v = *k.shape[1:], v.shape[2]
     _write[(slots.shape[0],)](
-        *(k_pool, v_pool, slots, k, v, *k.stride(), *v.stride()),
+        *(k_pool, v_pool, slots, k, v, *k.stride(), *v.stride(), 1 / scales.k, 1 / scales.v),
         HEADS=heads,
         HEAD=head,
         HEAD_V=head_v,
@@ -56,6 +66,15 @@ def copy_blocks(pools: Sequence[torch.Tensor], pairs: torch.Tensor) -> None:
 
 
 @jit()
+def store_number(at, x, factor, mask):
+    """x to `at`, as `fp8_cache.rounded` says if that is FP8: `factor` is 1 / scale."""
+    if at.dtype.element_ty == tl.float8e4nv:
+        x = x.to(tl.float32) * factor
+        x = tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -448.0), 448.0), float("nan"))
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
+
+
+@jit()
 def _write(
     k_pool,
     v_pool,
@@ -68,6 +87,8 @@ def _write(
     v_stride_token,
     v_stride_head,
     v_stride_dim,
+    k_factor,
+    v_factor,
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_V: tl.constexpr,
@@ -81,10 +102,10 @@ def _write(
     dim = tl.arange(0, BLOCK_D)[None, :]
     mask = (head < HEADS) & (dim < HEAD)
     new = tl.load(k + token * k_stride_token + head * k_stride_head + dim * k_stride_dim, mask=mask)
-    tl.store(k_pool + (slot * HEADS + head) * HEAD + dim, new, mask=mask)
+    store_number(k_pool + (slot * HEADS + head) * HEAD + dim, new, k_factor, mask)
     mask = (head < HEADS) & (dim < HEAD_V)
     new = tl.load(v + token * v_stride_token + head * v_stride_head + dim * v_stride_dim, mask=mask)
-    tl.store(v_pool + (slot * HEADS + head) * HEAD_V + dim, new, mask=mask)
+    store_number(v_pool + (slot * HEADS + head) * HEAD_V + dim, new, v_factor, mask)
 
 
 @jit()

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ropeway.kernels.fp8_cache import Scales
+from ropeway.kernels.triton_cache import store_number
 from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def rotate_and_write(
     slots: torch.Tensor,
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
+    scales: Scales = Scales(),  # noqa: B008  # frozen
 ) -> torch.Tensor:
     """As `fused_ops.rotate_and_write`; the last dimension of q, k and v is dense, q and k share what their norms do."""
     tokens, q_heads, head = q.x.shape
@@ -52,7 +55,7 @@ def rotate_and_write(
     q_weight, k_weight = (cos if norm is None else norm.weight for norm in norms)
     _rotate_and_write[(tokens, ceil_div(q_heads, BLOCK_H) + ceil_div(kv_heads, BLOCK_H))](
         *(q.x, k.x, v, out, k_pool, v_pool, slots, cos, sin, q_weight, k_weight),
-        0.0 if q.norm is None else q.norm.eps,
+        *(1 / scales.k, 1 / scales.v, 0.0 if q.norm is None else q.norm.eps),
         *(q.x.stride(0), q.x.stride(1), k.x.stride(0), k.x.stride(1), v.stride(0), v.stride(1)),
         *(cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1)),
         Q_HEADS=q_heads,
@@ -130,6 +133,8 @@ def _rotate_and_write(
     sin,
     q_weight,
     k_weight,
+    k_factor,
+    v_factor,
     eps,
     q_stride_token,
     q_stride_head,
@@ -178,6 +183,7 @@ def _rotate_and_write(
             cosine,
             sine,
             q_weight,
+            1.0,
             eps,
             HEAD,
             PAIRS,
@@ -200,6 +206,7 @@ def _rotate_and_write(
             cosine,
             sine,
             k_weight,
+            k_factor,
             eps,
             HEAD,
             PAIRS,
@@ -213,7 +220,7 @@ def _rotate_and_write(
         dim = tl.arange(0, BLOCK_V)[None, :]
         mask = (head < KV_HEADS) & (dim < HEAD_V)
         new = tl.load(v + token * v_stride_token + head * v_stride_head + dim, mask=mask)
-        tl.store(v_pool + (slot * KV_HEADS + head) * HEAD_V + dim, new, mask=mask)
+        store_number(v_pool + (slot * KV_HEADS + head) * HEAD_V + dim, new, v_factor, mask)
 
 
 @jit()
@@ -224,6 +231,7 @@ def _rotate(
     cosine,
     sine,
     weight,
+    factor,
     eps,
     HEAD: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -234,7 +242,8 @@ def _rotate(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Heads from `source` [BLOCK_H,1] to `target`, normalised if NORM, rotated."""
+    """Heads from `source` [BLOCK_H,1] to `target`, normalised if NORM, rotated, rounded to the source's dtype."""
+    kind = source.dtype.element_ty
     pair = tl.arange(0, BLOCK_P)[None, :]
     if INTERLEAVED:
         left = pair * 2
@@ -252,24 +261,23 @@ def _rotate(
             c = tl.load(source + rest, mask=inside & (rest < HEAD), other=0).to(tl.float32)
             squares += tl.sum(c * c, axis=1, keep_dims=True)
         scale = tl.rsqrt(squares / HEAD + eps)
-        a = _weighted(a * scale, weight + left, pair < PAIRS, target, OFFSET, LATE)
-        b = _weighted(b * scale, weight + right, pair < PAIRS, target, OFFSET, LATE)
-    kind = target.dtype.element_ty
-    tl.store(target + left, (a * cosine - b * sine).to(kind), mask=mask)
-    tl.store(target + right, (b * cosine + a * sine).to(kind), mask=mask)
+        a = _weighted(a * scale, weight + left, pair < PAIRS, source, OFFSET, LATE)
+        b = _weighted(b * scale, weight + right, pair < PAIRS, source, OFFSET, LATE)
+    store_number(target + left, (a * cosine - b * sine).to(kind), factor, mask)
+    store_number(target + right, (b * cosine + a * sine).to(kind), factor, mask)
     if BLOCK_R > 0:
         rest = 2 * PAIRS + tl.arange(0, BLOCK_R)[None, :]
         mask = inside & (rest < HEAD)
         c = tl.load(source + rest, mask=mask, other=0).to(tl.float32)
         if NORM:
-            c = _weighted(c * scale, weight + rest, rest < HEAD, target, OFFSET, LATE)
-        tl.store(target + rest, c.to(kind), mask=mask)
+            c = _weighted(c * scale, weight + rest, rest < HEAD, source, OFFSET, LATE)
+        store_number(target + rest, c.to(kind), factor, mask)
 
 
 @jit()
-def _weighted(x, weight, inside, target, OFFSET: tl.constexpr, LATE: tl.constexpr):
-    """x * (OFFSET + weight) rounded to the target's dtype, before the weight too unless LATE; as fp32."""
+def _weighted(x, weight, inside, source, OFFSET: tl.constexpr, LATE: tl.constexpr):
+    """x * (OFFSET + weight) rounded to the source's dtype, before the weight too unless LATE; as fp32."""
     scale = tl.load(weight, mask=inside, other=0).to(tl.float32)
     if not LATE:
-        x = x.to(target.dtype.element_ty).to(tl.float32)
-    return (x * (OFFSET + scale)).to(target.dtype.element_ty).to(tl.float32)
+        x = x.to(source.dtype.element_ty).to(tl.float32)
+    return (x * (OFFSET + scale)).to(source.dtype.element_ty).to(tl.float32)

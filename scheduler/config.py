@@ -32,6 +32,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None
     """None = sized from the device's free memory (GPU) or a quarter of the machine's (CPU), see `kernels/memory.py`."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """auto = as the model computes keys and values; fp8 = e4m3, see `kernels/fp8_cache.py`."""
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     prefix_cache_scope: Literal["key", "server"] = "key"

@@ -115,6 +115,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     block_size: int
     kv_cache_bytes: int
+    kv_cache_dtype: str
     weight_bytes: int
     text_dir: str
     """Private folder with tokenizer.json, chat_template.jinja (if any), special_tokens.json, generation_config.json

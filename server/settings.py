@@ -128,6 +128,9 @@ class Settings:
     max_num_batched_tokens: int = flag(2048, BATCH, "tokens computed in one step", low=1)
     block_size: int = flag(16, BATCH, "tokens per block of the KV cache", low=1, high=1024)
     kv_cache_memory_bytes: int | None = flag(None, BATCH, "size of the KV cache", low=1, parse=parse_bytes)
+    kv_cache_dtype: Literal["auto", "fp8"] = flag(
+        "auto", BATCH, "of the KV cache; fp8 holds twice as many tokens of a 16-bit model and rounds keys and values"
+    )
     gpu_memory_utilization: float = flag(0.9, BATCH, "share of the GPU that may be used", low=0.01, high=1)
     enable_prefix_caching: bool = flag(True, BATCH, "keep the KV of prompts for those that begin alike")
     prefix_cache_scope: Literal["key", "server"] = flag(
@@ -213,6 +216,7 @@ class Settings:
             max_num_batched_tokens=self.max_num_batched_tokens,
             block_size=self.block_size,
             kv_cache_bytes=self.kv_cache_memory_bytes,
+            kv_cache_dtype=self.kv_cache_dtype,
             gpu_memory_utilization=self.gpu_memory_utilization,
             enable_prefix_caching=self.enable_prefix_caching,
             prefix_cache_scope=self.prefix_cache_scope,
@@ -371,7 +375,6 @@ NOT_BUILT = {
     "--tensor-parallel-size": "a model runs on one device",
     "--pipeline-parallel-size": "a model runs on one device",
     "--data-parallel-size": "start one server per device behind a balancer",
-    "--kv-cache-dtype": "the KV cache has the dtype of the weights",
     "--deterministic": "only float32 gives the same tokens whatever shares the batch",
     "--ssl-keyfile": "let a proxy terminate TLS",
     "--ssl-certfile": "let a proxy terminate TLS",

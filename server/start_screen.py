@@ -123,8 +123,8 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         *([("CUDA graphs", graphs_line(info))] if info.device.startswith("cuda") else []),
         (
             "KV cache",
-            f"{size(info.kv_cache_bytes)}: {info.num_blocks} blocks x {info.block_size} tokens = {tokens} tokens, "
-            f"prefix caching {'on' if settings.enable_prefix_caching else 'off'}",
+            f"{size(info.kv_cache_bytes)} in {info.kv_cache_dtype}: {info.num_blocks} blocks x {info.block_size} "
+            f"tokens = {tokens} tokens, prefix caching {'on' if settings.enable_prefix_caching else 'off'}",
         ),
         (
             "limits",

@@ -7,6 +7,7 @@ import torch
 
 from ropeway.kernels.attention import AttentionMetadata, paged_attention
 from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.fp8_cache import rounded
 from ropeway.kernels.step import RowInput, StepInput
 
 
@@ -36,10 +37,12 @@ def make_ragged(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     freed_before: int | None = None,
+    fp8: bool = False,
 ) -> Ragged:
     """rows: (context after the step, tokens of the step); heads: (query, KV) heads; head_sizes: (K's, V's).
 
     With `freed_before`, blocks that no token of the step sees in such a sliding window have gone: id 0 in the table.
+    With `fp8`, what the pools hold is rounded to it.
     """
     generator = torch.Generator(device).manual_seed(seed)
     counts = [-(-context // block_size) for context, _ in rows]
@@ -61,7 +64,7 @@ def make_ragged(
     def pool(size: int) -> torch.Tensor:
         pool = torch.full((sum(counts) + 1, block_size, heads[1], size), torch.nan, dtype=dtype, device=device)
         pool.flatten(0, 1)[slots] = random(len(slots), heads[1], size)
-        return pool
+        return rounded(pool, 1.0) if fp8 else pool
 
     q = random(len(batch.positions), heads[0], head_sizes[0])
     return Ragged(batch, q, pool(head_sizes[0]), pool(head_sizes[1]))

@@ -9,6 +9,7 @@ from torch import nn
 from ropeway.kernels.build import build_runner
 from ropeway.kernels.errors import UnsupportedSetting
 from ropeway.kernels.fp8 import FP8, Fp8Linear, fp8_linear, quantise_to_fp8, round_to_fp8
+from ropeway.kernels.fusion_modules import merge
 from ropeway.kernels.loader import load_model
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import RowInput, RowState, StepInput
@@ -54,6 +55,18 @@ def test_blocks_are_rounded_and_nothing_else() -> None:
     )
     quantise_to_fp8(nn.Sequential(block))
     assert [type(layer) for layer in block[0].values()] == [nn.Linear, Fp8Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("order", [("gate", "up"), ("up", "gate")])
+def test_merged_routers(order: tuple[str, str]) -> None:
+    """Guards routers that get the same input as another layer, which fusion makes one product of; and those that are
+    inside of a module of that name."""
+    block = nn.ModuleList([nn.ModuleDict({name: nn.Linear(16, 16) for name in (*order, "down")}) for _ in range(2)])
+    block.append(nn.ModuleDict({"router": nn.ModuleDict({"wg": nn.Linear(16, 16)})}))
+    merge(block, [block[0][name] for name in order])
+    assert quantise_to_fp8(nn.Sequential(block)) == 3
+    kinds = [type(module) for part in block for module in part.modules() if not any(module.children())]
+    assert kinds.count(Fp8Linear) == 3 and kinds.count(nn.Linear) == 3
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from e4m3 import mend_interpreter
 
 pytest.importorskip("triton")
 
 from ropeway.kernels import triton_mlp, triton_norm, triton_rope
+from ropeway.kernels.fp8 import FP8
+from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.fused_ops import (
     Activation,
     Frequencies,
@@ -125,6 +128,31 @@ SIZES = [  # q heads, kv heads, head, head of v, pairs
     (9, 3, 20, 12, 4),
     (16, 1, 64, 64, 32),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [None, 1.0])
+def test_rotate_and_write_in_fp8(offset: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the roundings: norm, rotation and q in the model's dtype, then K and V by their scales."""
+    mend_interpreter(monkeypatch)
+    sizes = (4, 20), (2, 20), (2, 12)
+    q, k, v = (random(5, *size, dtype=dtype, seed=seed) for seed, size in enumerate(sizes))
+    norm = None if offset is None else random(20, dtype=dtype, seed=3)
+    cos, sin = random(5, 8, seed=4), random(5, 8, seed=5)
+    results = []
+    for device, run in (("cpu", rotate_and_write), (DEVICE, triton_rope.rotate_and_write)):
+        norms = None if norm is None else Norm(norm.to(device), 1e-5, 1.0, False)
+        pools = [torch.zeros(3, 4, 2, size, dtype=FP8, device=device) for size in (20, 12)]
+        out = run(
+            *(Unrotated(q.to(device), norms), Unrotated(k.to(device), norms), v.to(device)),
+            *(cos.to(device), sin.to(device), Rotation(8, 1, False), torch.tensor([7, 2, 11, 0, 5], device=device)),
+            *(*pools, Scales(2**-5, 2**-3)),
+        )
+        results.append((out, *pools))
+    assert results[0][1].float().abs().max() > 32
+    for found, right, rtol in zip(*reversed(results), (4 * torch.finfo(dtype).eps, 2**-3, 0), strict=True):
+        torch.testing.assert_close(found.cpu().float(), right.float(), rtol=rtol, atol=8 * rtol)
+    assert (results[0][1].float() != results[1][1].cpu().float()).float().mean() < 0.02  # a rotation's last bit
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ropeway.kernels import packed
 from ropeway.kernels.errors import UnsupportedModel
+from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.padded import PaddedForward
 from ropeway.kernels.probe import choose_layout
@@ -44,6 +45,19 @@ def test_bytes_per_token() -> None:
     """Guards the memory plan: 2 layers, K and V, 2 heads of 16 numbers in fp32."""
     assert choose_layout(build(FAMILIES["llama"]), 128).bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert choose_layout(build(FAMILIES["llama"]).bfloat16(), 128).bytes_per_token == 2 * 2 * 2 * 16 * 2
+
+
+def test_scales_of_the_cache() -> None:
+    """Guards FP8: each layer's own K and V decide, whatever the pool was filled with, and numbers count, not bytes."""
+    model = build(FAMILIES["llama"])
+    before = choose_layout(model, 128)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(4)
+    after = choose_layout(model, 128)
+    assert after.numbers_per_token == 2 * 2 * 2 * 16
+    assert before.scales[0] == after.scales[0]
+    assert after.scales[1] == Scales(before.scales[1].k, 4 * before.scales[1].v)
+    assert choose_layout(model, 128, "padded").scales == after.scales
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from e4m3 import mend_interpreter
 from ragged import Ragged, make_ragged, relative_error
 
 pytest.importorskip("triton")
@@ -106,6 +107,23 @@ def test_more_parts_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     case = make_ragged([(1600, 1)], heads=(8, 1), head_sizes=(16, 16), seed=8, device=DEVICE)
     case.q *= 3
     assert relative_error(attend(case, scale=1.0), case.reference(scale=1.0)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 24, "softcap": 2.0}, {"sinks": torch.arange(4.0)}])
+@pytest.mark.parametrize("wanted_programs", [1, 48], ids=["whole", "split"])
+def test_pools_in_fp8(
+    dtype: torch.dtype, options: dict[str, Any], wanted_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards what is read of them: the very numbers that the pools hold, times their scales, beside sinks and caps."""
+    mend_interpreter(monkeypatch)
+    monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", wanted_programs)
+    options = {name: o.to(DEVICE, dtype) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    shape = {"heads": (4, 2), "head_sizes": (24, 40), "dtype": dtype, "fp8": True}
+    case = make_ragged(MIXED, seed=9, device=DEVICE, **shape)
+    right = case.reference(scale=0.3, v_scale=0.25, **options)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(attend(case, scale=0.3, v_scale=0.25, **options), right) < limit
 
 
 def test_queries_need_not_be_contiguous() -> None:

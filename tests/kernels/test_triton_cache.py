@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from e4m3 import mend_interpreter
 
 pytest.importorskip("triton")
 
+from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.triton_cache import copy_blocks, write_kv
 
@@ -24,6 +26,26 @@ def test_write(heads: int, head: int, head_v: int) -> None:
     pools = [torch.zeros_like(part, device=DEVICE) for part in expected]
     write_kv(*pools, slots.to(DEVICE), k.to(DEVICE), v.to(DEVICE))
     assert all(torch.equal(part.cpu(), right) for part, right in zip(pools, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_in_fp8(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards each pool's scale, and what becomes of large, small, infinite and missing numbers."""
+    mend_interpreter(monkeypatch)
+    generator = torch.Generator().manual_seed(3)
+    size = 2.0 ** torch.randint(-12, 12, (7, 2, 24), generator=generator)
+    k, v = ((size * torch.randn(size.shape, generator=generator)).to(dtype) for _ in range(2))
+    k[0, 0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    slots = torch.randperm(36, generator=generator)[:7]
+    scales = Scales(0.5, 8.0)
+    pool = KVPool(9, 4, fill=0.0, scales={0: scales})
+    pool.write(0, slots, k, v)
+    expected = pool.layer(0)
+    assert expected[0].float().nan_to_num().max() == 448 and expected[0].isnan().sum() == 3
+    pools = [torch.zeros_like(part, device=DEVICE) for part in expected]
+    write_kv(*pools, slots.to(DEVICE), k.to(DEVICE), v.to(DEVICE), scales)
+    for part, right in zip(pools, expected, strict=True):
+        torch.testing.assert_close(part.cpu().float(), right.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

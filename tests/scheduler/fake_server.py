@@ -76,6 +76,7 @@ def model_info(text_dir: str = "", **changes: Any) -> ModelInfo:
         "num_blocks": NUM_BLOCKS,
         "block_size": BLOCK_SIZE,
         "kv_cache_bytes": 1,
+        "kv_cache_dtype": "float32",
         "weight_bytes": 1,
         "text_dir": text_dir,
         "step_timeout": 30.0,

@@ -7,7 +7,7 @@ start full of NaN: whoever reads a slot that nobody wrote is found out.
 import random
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -16,9 +16,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropeway.kernels.forward import use_attention
+from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
+from ropeway.kernels.probe import choose_layout
 from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampler import Sampler
 from ropeway.kernels.sampling_params import SamplingParams
@@ -66,10 +68,12 @@ class Setup:
     blocks: int = 400
     rows: int = 16
     caching: bool = True
+    scales: Mapping[int, Scales] | None = field(default=None, compare=False)
+    """Of a cache in FP8; this alone matters."""
 
 
 def build(model: LlamaForCausalLM, setup: Setup, builders: Mapping[str, BuildEdit] = NO_BUILDERS) -> Engine:
-    pool = KVPool(setup.blocks, BLOCK, fill=float("nan"))
+    pool = KVPool(setup.blocks, BLOCK, float("nan"), setup.scales)
     forward = PackedForward(model, pool) if setup.layout == "packed" else PaddedForward(model, pool)
     device = torch.device("cpu")
     sampler = Sampler(SamplingState(setup.rows, VOCAB, device))
@@ -121,11 +125,14 @@ def requests() -> list[AddRequest]:
 @pytest.fixture(scope="module")
 def alone(model: LlamaForCausalLM) -> Answers:
     """What each choice of each request gets with the engine to itself."""
+    return _alone(model, Setup(caching=False))
+
+
+def _alone(model: LlamaForCausalLM, setup: Setup) -> Answers:
     answers: Answers = {}
     for request in requests():
         for choice in request.choices:
-            engine = build(model, Setup(caching=False))
-            answers |= run(engine, {0: [_only(request, choice.index)]})
+            answers |= run(build(model, setup), {0: [_only(request, choice.index)]})
     return answers
 
 
@@ -176,6 +183,15 @@ def test_nothing_else_matters(model: LlamaForCausalLM, alone: Answers, setup: Se
     assert not scheduler.running and not scheduler.waiting and scheduler.pool.usage == 0
     assert (scheduler.stats.preemptions > 0) == (setup.blocks < 100)
     assert (scheduler.stats.prefix_hits > 0) == setup.caching
+
+
+def test_nothing_else_matters_with_a_cache_in_fp8(model: LlamaForCausalLM, alone: Answers) -> None:
+    """Guards the rounding of K and V: it depends on nothing but the token, and it is there."""
+    scales = choose_layout(model, MAX_LEN).scales
+    rounded = _alone(model, Setup(caching=False, scales=scales))
+    assert rounded != alone
+    for setup in (SETUPS[1], SETUPS[6], SETUPS[10], SETUPS[15]):
+        assert run(build(model, replace(setup, scales=scales)), {0: requests()}) == rounded
 
 
 def test_resumed_after_a_crash(model: LlamaForCausalLM, alone: Answers) -> None:

@@ -23,6 +23,7 @@ def model_info(text_dir: str | Path = "", **changes: object) -> ModelInfo:
         "num_blocks": 100,
         "block_size": 16,
         "kv_cache_bytes": 2**20,
+        "kv_cache_dtype": "float32",
         "weight_bytes": 2**21,
         "text_dir": str(text_dir),
         "step_timeout": 60.0,

@@ -58,6 +58,7 @@ def load(config: EngineConfig, text_dir: str, progress: Progress) -> Loaded:
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         kv_cache_bytes=1,
+        kv_cache_dtype="float32",
         weight_bytes=1,
         text_dir=text_dir,
         step_timeout=30.0,

@@ -35,7 +35,7 @@ def test_one_screen(tmp_path: Path) -> None:
         "packed batch in float32 on cpu",
         "the probe found it exact",
         "2.0 MiB",
-        "1.0 MiB: 100 blocks x 16 tokens = 1600 tokens",
+        "1.0 MiB in float32: 100 blocks x 16 tokens = 1600 tokens",
         "128 tokens per request, 4 rows and 256 tokens per step, 256 choices in flight",
         "temperature 0.7, top_k 5",
         "API workers  3",
