@@ -79,8 +79,8 @@ def check_fp8(device: torch.device, dtype: torch.dtype, device_map: str) -> None
 def quantise_to_fp8(model: nn.Module) -> int:
     """Rounds the plain linear layers of a model's blocks, in their places; returns how many.
 
-    Blocks = what stands in a `ModuleList`: neither embeddings nor the output layer. Layers that choose experts stay, merged
-    with others or not, and those whose sizes are no multiples of 16."""
+    Blocks = what stands in a `ModuleList`: neither embeddings nor the output layer. Layers that choose experts stay,
+    merged with others or not, and those whose sizes are no multiples of 16."""
     routers = _router_weights(model)
     count = 0
     for parent in [m for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for m in blocks.modules()]:
