@@ -238,6 +238,8 @@ class _Call:
             LIVE=next_power_of_2(group * min(rows.longest, short_query)),
             SPLIT=splits > 1,
             WHOLE=not short and not rows.deterministic and self.sliding_window is None,
+            # FP8 becomes fp16 in one instruction, bf16 in several; both hold all of its numbers.
+            HALF=self.k_pool.dtype == FP8 and q.dtype == torch.bfloat16,
             SOFTCAP=self.softcap is not None,
             WINDOW=self.sliding_window is not None,
             EARLY=early,

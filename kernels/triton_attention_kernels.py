@@ -166,12 +166,14 @@ def attend(
     LIVE: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
+    HALF: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One tile, one KV head, one part of the keys; if WHOLE, key tiles that all tokens see are read without a mask."""
+    """One tile, one KV head, one part of the keys; if WHOLE, key tiles that all tokens see are read without a mask;
+    if HALF, products are in fp16."""
     LOG2E: tl.constexpr = 1.4426950408889634
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     if EARLY:
@@ -222,8 +224,8 @@ def attend(
     table = block_table + row.to(tl.int64) * table_stride
     q_offset = (first + token).to(tl.int64) * q_stride_token + head * q_stride_head
     q = tl.load(q_at + q_offset[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD)[None, :], other=0.0)
-    if k_pool.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
-        q = q.to(tl.float16)  # FP8 becomes it in one instruction, bf16 in several
+    if HALF:
+        q = q.to(tl.float16)
     position = first_position + token
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -198,10 +198,10 @@ def _rotate_and_write(
         head = (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         slot = tl.load(slots + token)
         source = k + token * k_stride_token + head * k_stride_head
-        target = k_pool + (slot * KV_HEADS + head) * HEAD
+        stored = k_pool + (slot * KV_HEADS + head) * HEAD  # of another type than `target`
         _rotate(
             source,
-            target,
+            stored,
             head < KV_HEADS,
             cosine,
             sine,
