@@ -1,10 +1,13 @@
 """Options, processors and criteria over HTTP, on the real server: as generate(), and errors that are one request's."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from harness import Reference, RunningServer
 from openai_app import check
+from transformers import GenerationConfig
+
+from ropeway.server.sampling_fields import SamplingFields
 
 PROMPT = "A sequence of numbers: 1, 2"
 
@@ -15,20 +18,76 @@ def complete(server: RunningServer, **fields: object) -> dict[str, Any]:
     return dict(check(answer.json(), "CreateCompletionResponse")["choices"][0])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"no_repeat_ngram_size": 1},
-        {"encoder_repetition_penalty": 0.5, "repetition_penalty": 1.2},
-        {"exponential_decay_length_penalty": [2, 1.5]},
-        {"watermarking_config": {"bias": 6.0}},
-    ],
-    ids=str,
+def table(reference: Reference) -> dict[str, Any]:
+    """Options of greedy rows -> a value with which the answer is another one. Its tokens: ", 3, 4" and so on."""
+    prompt, answer = (reference.tokenizer(text)["input_ids"] for text in (PROMPT, ", 3, 4, 5, 6, 7"))
+    third, fourth = (reference.tokenizer(text)["input_ids"][-1] for text in (", 3", ", 4"))
+    return {
+        "bad_words_ids": [answer[:3], [fourth]],
+        "begin_suppress_tokens": [answer[0]],
+        "encoder_no_repeat_ngram_size": 1,
+        "encoder_repetition_penalty": 0.05,
+        "eos_token_id": [fourth, 2],
+        "exponential_decay_length_penalty": [2, 1.5],
+        "forced_eos_token_id": third,
+        "max_length": len(prompt) + 7,
+        "max_new_tokens": 5,
+        "no_repeat_ngram_size": 1,
+        "repetition_penalty": 8.0,
+        "sequence_bias": [[answer[1:3], -20.0], [[fourth], 3.0]],
+        "stop_strings": ["nothing", ", 5"],
+        "suppress_tokens": [third, fourth],
+        "watermarking_config": {"bias": 30.0},
+    }
+
+
+ELSEWHERE = {
+    "do_sample": "tests/e2e/test_guide.py",
+    "forced_bos_token_id": "tests/server/test_processing.py",
+    "max_time": "tests/e2e/test_presets.py",
+    "min_length": "tests/server/test_processing.py",
+    "min_new_tokens": "tests/server/test_processing.py",
+    "num_return_sequences": "tests/e2e/test_combinations.py",
+} | dict.fromkeys(
+    ["temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"],
+    "tests/server/test_processing.py",
 )
-def test_options(server: RunningServer, reference: Reference, options: dict[str, Any]) -> None:
-    """Guards the whole way of an option, in the body and in its generation_config."""
-    expected = reference.text(PROMPT, 16, **options)
-    assert complete(server, **options)["text"] == complete(server, generation_config=options)["text"] == expected
+"""Request fields that no greedy answer of this model shows -> where they are compared with transformers."""
+
+
+def test_options(server: RunningServer, reference: Reference) -> None:
+    """Guards the whole way of every option, in the body and in its generation_config, through a batch of all."""
+    options = table(reference)
+    own = set(GenerationConfig().to_dict()) & SamplingFields.model_fields.keys()
+    assert options.keys() | ELSEWHERE.keys() == own, "each request field of GenerationConfig is compared somewhere"
+    plain = reference.text(PROMPT, 16)
+    lengths: dict[str, Any] = {"max_length": {"max_tokens": None}, "max_new_tokens": {"max_tokens": None}}
+    expected = {}
+    for name, value in options.items():
+        more = {"tokenizer": reference.tokenizer} if name == "stop_strings" else {}
+        if name == "max_length":
+            expected[name] = reference.text(PROMPT, 7)
+        elif name == "max_new_tokens":
+            expected[name] = reference.text(PROMPT, value)
+        else:
+            expected[name] = reference.text(PROMPT, 16, **{name: value}, **more)
+
+    def ours(name: str, inside: bool) -> str:
+        given = {name: options[name]}
+        fields = lengths.get(name, {}) | ({"generation_config": given} if inside else given)
+        return str(complete(server, include_stop_str_in_output=True, **fields)["text"])
+
+    with ThreadPoolExecutor(8) as threads:
+        for inside in (False, True):
+            texts = threads.map(ours, options, [inside] * len(options))
+            assert dict(zip(options, texts, strict=True)) == expected
+    assert [name for name, text in expected.items() if text == plain] == []
+
+
+def test_options_together(server: RunningServer, reference: Reference) -> None:
+    """Guards their order over HTTP; all the combinations are compared in tests/server/test_processing.py."""
+    options = {"encoder_repetition_penalty": 0.5, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
+    assert complete(server, **options)["text"] == reference.text(PROMPT, 16, **options)
 
 
 def test_bad_words(server: RunningServer) -> None:

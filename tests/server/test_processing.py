@@ -98,7 +98,7 @@ def greedy_prompts() -> list[list[int]]:
 
 def test_greedy_rows_are_those_of_generate(model: LlamaForCausalLM, greedy_prompts: list[list[int]]) -> None:
     """Guards every option's meaning, order and arguments: alone and together, token by token, all in one batch."""
-    combos = combinations(1, VALUES, 40)
+    combos = combinations(1, VALUES, 60)
     asked = [(options, greedy_prompts[place % 3]) for place, options in enumerate(combos)]
     use_attention(model, "sdpa")
     expected = []
