@@ -7,7 +7,6 @@ import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.cpu_linear import pack_linears, threads_for
-from ropeway.kernels.errors import NotEnoughMemory
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fp8 import quantise_to_fp8
 from ropeway.kernels.fp8_cache import check_fp8_cache
@@ -16,7 +15,7 @@ from ropeway.kernels.graphs import LARGEST_MIXED, CudaCapture, decode_sizes, mix
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.linear import use_fast_linears
 from ropeway.kernels.loader import LoadedModel, Progress, load_model
-from ropeway.kernels.memory import kv_budget, peak_bytes, plan_blocks
+from ropeway.kernels.memory import kv_budget, memory_for, peak_bytes, plan_blocks
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
 from ropeway.kernels.probe import Layout, choose_layout
@@ -108,21 +107,23 @@ def build_runner(
         progress=lambda stage, share: progress(stage, 0.8 * share),
     )
     if quantization != "fp8":
-        pack_linears(loaded.model)
+        with memory_for("The weights fit, but packing them does not", "take a smaller model or dtype"):
+            pack_linears(loaded.model)
     if threads is None and loaded.device.type == "cpu":
         torch.set_num_threads(threads_for(loaded.model, torch.get_num_threads()))
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
-    choice = choose_layout(loaded.model, loaded.max_model_len, layout)
-    scales = choice.scales if kv_cache_dtype == "fp8" else None
-    on_gpu = loaded.device.type == "cuda"
-    packed = choice.layout == "packed"
-    fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and packed else None
-    if quantization == "fp8":
-        progress("rounding weights", 0.82)
-        quantise_to_fp8(loaded.model)
-    if on_gpu:
-        use_fast_linears(loaded.model)
+    with memory_for("The weights fit, but rearranging them does not", "take a smaller model, dtype or quantization"):
+        choice = choose_layout(loaded.model, loaded.max_model_len, layout)
+        scales = choice.scales if kv_cache_dtype == "fp8" else None
+        on_gpu = loaded.device.type == "cuda"
+        packed = choice.layout == "packed"
+        fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and packed else None
+        if quantization == "fp8":
+            progress("rounding weights", 0.82)
+            quantise_to_fp8(loaded.model)
+        if on_gpu:
+            use_fast_linears(loaded.model)
     state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
     sampler = TritonSampler(state) if on_gpu else Sampler(state)
     forward_class = PackedForward if packed else PaddedForward
@@ -197,16 +198,12 @@ def _bytes_of_steps(
         sampler.launch(forward(batch), _idle_lines(sampler, batch.B), "processed")
 
     device = loaded.device
-    try:
+    remedy = "lower --max-num-batched-tokens or --max-num-seqs"
+    with memory_for(f"A step of {max_tokens} tokens does not fit beside the weights", remedy):
         needed = peak_bytes(lambda: step(max_tokens), device)
         if num_graphs:  # they have a pool of their own, and logits that stay
             needed += peak_bytes(lambda: step(min(LARGEST_MIXED, max_tokens)), device)
             needed += logits_bytes + num_graphs * GRAPH_BYTES
-    except torch.OutOfMemoryError:
-        raise NotEnoughMemory(
-            f"A step of {max_tokens} tokens does not fit beside the weights: lower --max-num-batched-tokens or "
-            "--max-num-seqs."
-        ) from None
     # Made when a request asks for them: tables of biases and penalties; logprobs in fp32, with an int64 order, twice.
     return needed + (2 + 6) * logits_bytes
 
@@ -236,11 +233,6 @@ def _warm_up(forward: Forward, block_size: int, device: torch.device) -> torch.d
 
     Returns the logits' dtype."""
     step = StepInput([RowInput(state_slot=0, token_ids=[0], start=0, block_table=[1])])
-    try:
+    remedy = "lower --kv-cache-memory-bytes, --gpu-memory-utilization or --max-model-len"
+    with memory_for("The KV cache does not fit", remedy):
         return forward(LeftPaddedBatch.build(step, block_size, device)).dtype
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise NotEnoughMemory(
-                "The KV cache does not fit: lower --kv-cache-memory-bytes, --gpu-memory-utilization or --max-model-len."
-            ) from None
-        raise

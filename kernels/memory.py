@@ -1,6 +1,7 @@
 """How many KV blocks there are. Arithmetic on bytes; asks the device only how much it has, and how much work takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -69,6 +70,18 @@ def check_weights_fit(needed: int, device: torch.device) -> None:
             f"The weights need {_size(needed)} and {_size(free)} {where} are free: take a smaller --dtype, a smaller "
             "model or a larger machine."
         )
+
+
+@contextmanager
+def memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Raises NotEnoughMemory, a sentence of both, instead of what torch raises on a GPU or a CPU that is full."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if full:
+            raise NotEnoughMemory(f"{what}: {remedy}.") from None
+        raise
 
 
 def shared_memory(device: torch.device) -> dict[int | str, int]:

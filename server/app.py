@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -47,6 +48,9 @@ def create_app(services: Services, keys: KeyRing) -> FastAPI:
     for module in (chat, completions, responses, messages, tgi, load_model, models, tokenize, health, metrics):
         router = module.create_router(services)
         error_bodies |= {route.path: route.error_body for route in router.routes if isinstance(route, JsonRoute)}
+        for route in router.routes.copy():
+            if isinstance(route, APIRoute) and "GET" in (route.methods or ()):  # HEAD is GET without a body, says HTTP
+                router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
         app.include_router(router)
     app.add_middleware(BodyLimit, on_reject=services.metrics.rejected)  # the last one added is the outermost
     if keys:

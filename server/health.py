@@ -18,7 +18,7 @@ HEALTH_PATHS = frozenset(LIVE + READY + STARTUP)
 
 
 def create_router(services: Services) -> APIRouter:
-    """Every route of HEALTH_PATHS, for GET and HEAD."""
+    """Every route of HEALTH_PATHS."""
     router = APIRouter(tags=["health"])
 
     async def live() -> JSONResponse:
@@ -37,7 +37,6 @@ def create_router(services: Services) -> APIRouter:
     for paths, endpoint in ((LIVE, live), (READY, ready), (STARTUP, startup)):
         for path in paths:
             router.add_api_route(path, endpoint, methods=["GET"], include_in_schema=path == paths[0])
-            router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     return router
 
 

@@ -91,6 +91,8 @@ class EventStream(Response):
         self._ended = False
         self._spoke = time.monotonic()
         self._turn = asyncio.Lock()  # tokens and keep-alives are written by two tasks
+        self._stuck = False
+        """The socket took nothing for `SLOW_READER_S`: whoever has waited for a turn meanwhile has waited enough."""
         self._writer: BodyWriter | None = None
         self._parked: asyncio.Future[None] | None = None
         """Done when `_flow` shall end."""
@@ -168,6 +170,8 @@ class EventStream(Response):
     async def _write(self, send: Send, data: bytes, last: bool = False) -> None:
         """Sends the headers before the first bytes. Raises: ClientLeft if the socket takes nothing for long."""
         async with self._turn:
+            if self._stuck:
+                raise ClientLeft
             try:
                 async with asyncio.timeout(SLOW_READER_S):
                     if not self._started:
@@ -176,6 +180,9 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": data, "more_body": not last})
                     self._ended = last
             except TimeoutError:
+                self._stuck = True
+                if self._parked is not None and not self._parked.done():
+                    self._parked.set_result(None)
                 raise ClientLeft from None
             self._spoke = time.monotonic()
 

@@ -12,7 +12,7 @@ from ropeway.server.errors import invalid
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.protocols.conversation import Conversation
 from ropeway.server.protocols.dialogue import converse, joined_text
-from ropeway.server.protocols.responses_frames import Frames, error_event
+from ropeway.server.protocols.responses_frames import Frames
 from ropeway.server.protocols.shared import answer_headers, read_fields
 from ropeway.server.reasoning import Effort
 from ropeway.server.request import ChoiceDelta
@@ -110,7 +110,7 @@ def create_router(services: Services) -> APIRouter:
         frames = Frames(head(services, fields), generation.usage, reader)
         headers = answer_headers(fields, [])
         if fields.stream:
-            return EventStream(generation, frames, headers, error_event)
+            return EventStream(generation, frames, headers, frames.error_event)
 
         def whole(choices: list[ChoiceDelta]) -> dict[str, Any]:
             return frames.document(choices[0])

@@ -17,12 +17,6 @@ def named_event(document: dict[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (str(document["type"]).encode(), json_bytes(document))
 
 
-def error_event(error: ApiError) -> bytes:
-    """How a stream ends in an error."""
-    document = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-    return named_event(document | {"sequence_number": 0})
-
-
 class Frames:
     """One answer's document or events; see `stream.Frames`.
 
@@ -65,6 +59,10 @@ class Frames:
         events = self._items.close("incomplete" if cut else "completed")
         response = self._ended(self._finish_reason)
         return self._numbered([*events, {"type": f"response.{response['status']}", "response": response}])
+
+    def error_event(self, error: ApiError) -> bytes:
+        """How a stream ends in an error."""
+        return self._numbered([{"type": "error", "code": error.code, "message": error.message, "param": error.param}])
 
     def _numbered(self, events: list[dict[str, Any]]) -> bytes:
         first = self._sequence

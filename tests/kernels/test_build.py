@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from families import FAMILIES, VOCAB_SIZE, build
 from ragged_steps import BLOCK_SIZE, token_rows
 from small_runner import make_runner, run_one, table
@@ -63,6 +64,14 @@ def test_memory_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(build_module, "plan_blocks", lambda *args, **kwargs: 1 << 45)
     with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes"):
         build_runner(folder, block_size=BLOCK_SIZE)
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for step in ("choose_layout", "pack_linears"):
+        with monkeypatch.context() as patch, pytest.raises(NotEnoughMemory, match=r"weights fit, but .* smaller model"):
+            patch.setattr(build_module, step, full)
+            build_runner(folder, block_size=BLOCK_SIZE)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "longest"), [(2048, 64, 8192), (2048, 64, 40), (8, 64, 40), (9000, 2, 512)])

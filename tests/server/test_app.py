@@ -34,6 +34,20 @@ async def test_router_errors(app: FastAPI) -> None:
         check_error(await http.post("/" + "x" * 5000, json={}), 404, "not_found")
 
 
+async def test_head(app: FastAPI) -> None:
+    """Guards monitors, which ask with HEAD: whatever GET answers, and the document lists it once."""
+    async with client(app) as http:
+        document = (await http.get("/openapi.json")).json()
+        gets = [path for path, methods in document["paths"].items() if "get" in methods and "{" not in path]
+        assert {"/v1/models", "/metrics", "/info", "/version", "/health/live"} <= set(gets)
+        for path in gets:
+            head, get = await http.head(path), await http.get(path)
+            assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+        assert (await http.head("/v1/models/nothing")).status_code == 404
+        assert not any("head" in methods for methods in document["paths"].values())
+        assert (await http.head("/v1/nothing")).status_code == 404
+
+
 async def test_validation_errors(app: FastAPI) -> None:
     """Guards the contract: a wrong type is 400 with param, never 422, and never repeats the value."""
     async with client(app) as http:

@@ -40,6 +40,12 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ropeway {__version__}\n"
 
 
+def test_as_a_module() -> None:
+    """Guards `python -m ropeway`, for a Python whose scripts are not on the path."""
+    done = subprocess.run([sys.executable, "-m", "ropeway", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ropeway {__version__}\n"
+
+
 def test_values_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Guards the way from words to settings, booleans and repeated flags included."""
     (tmp_path / "config.json").write_text("{}")

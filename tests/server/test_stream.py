@@ -243,6 +243,27 @@ async def test_reader_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert case.rows.aborted == [None]
 
 
+async def test_a_full_socket_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the limit: a token that came while a keep-alive waited for the socket had all of it once more."""
+    monkeypatch.setattr(stream, "SLOW_READER_S", 5 * TICK)
+    monkeypatch.setattr(stream, "KEEP_ALIVE_S", TICK)
+    case = Case([row(0, IDS[:2])])
+    waits = 0
+
+    async def send(message: Any) -> None:
+        nonlocal waits
+        waits += not case.wire.reading.is_set()
+        await Wire.send(case.wire, message)
+
+    case.wire.send = send  # type: ignore[method-assign]
+    await case.wire.until(2)
+    case.wire.reading.clear()
+    await asyncio.sleep(3 * TICK)  # a keep-alive waits by now
+    case.rows.feed([row(0, IDS[2:3])])
+    await case.ended("disconnected")
+    assert waits == 1
+
+
 # ---- written by the callback that hears the engine ----
 
 

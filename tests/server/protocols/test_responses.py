@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from openai_app import check
+from scripted import row
 from talk_app import TalkServer
 from wire import Wire
 
@@ -116,6 +117,16 @@ async def test_refusals(fields: dict[str, Any], param: str) -> None:
     """Guards clients: what cannot be done is a sentence that names the field."""
     error = await TalkServer("!").refused(PATH, {"input": "Hello", **fields})
     assert error["param"] == param
+
+
+async def test_an_error_in_mid_stream() -> None:
+    """Guards the SDK's accumulator: the error is the next event, numbered after those before it."""
+    server = TalkServer("Hello")
+    (script,) = server.engine.scripts
+    server.engine.scripts[0] = [*script[:-1], [row(0, [], "error", error="The engine failed.")]]
+    events = await streamed(server)
+    assert len(events) > 2 and events[-1]["message"] == "The engine failed."
+    assert (events[-1]["type"], events[-1]["code"]) == ("error", "engine_error")
 
 
 async def test_ignored() -> None:
