@@ -1,12 +1,14 @@
 """From a model's name to a runner that is ready to step: load, find the layout, plan the memory, capture, compile."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.cpu_linear import pack_linears, threads_for
+from ropeway.kernels.deterministic import check_deterministic, make_deterministic
 from ropeway.kernels.forward import Forward
 from ropeway.kernels.fp8 import quantise_to_fp8
 from ropeway.kernels.fp8_cache import check_fp8_cache
@@ -69,6 +71,7 @@ def build_runner(
     quantization: str | None = None,
     device_map: Literal["none", "auto"] = "none",
     layout: Literal["auto"] | Layout = "auto",
+    deterministic: bool = False,
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 2048,
@@ -84,6 +87,7 @@ def build_runner(
 
     Args: as in `load_model`, `choose_layout`, `kv_budget` and `plan_blocks`; kv_cache_bytes None = `kv_budget`;
         max_num_batched_tokens: of the largest step; kv_cache_dtype: auto = as the model computes K and V;
+        deterministic: see `deterministic.py`;
         threads: intra-op threads on the CPU, None = `threads_for`; progress(stage for people, share of it all);
         compiling: the same for the time in which a GPU's kernels are compiled and captured.
 
@@ -94,6 +98,8 @@ def build_runner(
         torch.set_num_threads(threads)
     if kv_cache_dtype == "fp8":
         check_fp8_cache(device)
+    if deterministic:
+        check_deterministic(device, quantization, device_map, layout)
     loaded = load_model(
         model,
         revision=revision,
@@ -122,16 +128,19 @@ def build_runner(
         if quantization == "fp8":
             progress("rounding weights", 0.82)
             quantise_to_fp8(loaded.model)
-        if on_gpu:
+        if deterministic:
+            progress("checking that neighbours change no bits", 0.83)
+            make_deterministic(loaded, choice)
+        elif on_gpu:
             use_fast_linears(loaded.model)
     state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
     sampler = TritonSampler(state) if on_gpu else Sampler(state)
-    forward_class = PackedForward if packed else PaddedForward
+    make_forward = partial(PackedForward, deterministic=deterministic) if packed else PaddedForward
     sizes = decode_sizes(max_num_seqs) + mixed_sizes(max_num_seqs, max_num_batched_tokens) if on_gpu and packed else []
     reserved = 0
     if isinstance(sampler, TritonSampler):
         progress("running the largest step", 0.85)
-        trial = forward_class(loaded.model, KVPool(2, block_size, scales=scales))
+        trial = make_forward(loaded.model, KVPool(2, block_size, scales=scales))
         reserved = _bytes_of_steps(loaded, trial, sampler, max_num_batched_tokens, block_size, len(sizes))
     progress("making the KV cache", 0.9)
     num_blocks = plan_blocks(
@@ -142,7 +151,7 @@ def build_runner(
         max_num_seqs=max_num_seqs,
     )
     pool = KVPool(num_blocks, block_size, scales=scales)
-    forward = forward_class(loaded.model, pool)
+    forward = make_forward(loaded.model, pool)
     logits_dtype = _warm_up(forward, block_size, loaded.device)
     runner = ModelRunner(
         forward,

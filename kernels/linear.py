@@ -4,12 +4,15 @@ Knows tensors and plain `torch.nn.Linear` modules, no model and no batch.
 """
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import nn
 
 from ropeway.kernels.triton_linear import few_rows_linear, max_rows
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(x [..., K], weight [N, K], bias [N] or None) -> [..., N]."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,15 +26,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return nn.functional.linear(x, weight, bias)
 
 
-def use_fast_linears(model: nn.Module) -> Callable[[], None]:
-    """Lets the plain linear layers of a model run through `linear`; returns what undoes it.
+def use_fast_linears(model: nn.Module, product: Product = linear) -> Callable[[], None]:
+    """Lets the plain linear layers of a model run through `product`; returns what undoes it.
 
     Plain = of the class `torch.nn.Linear` itself, with a forward that nobody replaced: layers of quantised weights,
     and those that accelerate moves between devices, stay as they are. Weights are looked up at each call.
     """
     swapped = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
     for module in swapped:
-        vars(module)["forward"] = MethodType(_forward, module)
+        vars(module)["forward"] = partial(_forward, module, product)
 
     def undo() -> None:
         for module in swapped:
@@ -40,5 +43,5 @@ def use_fast_linears(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, module.weight, module.bias)
+def _forward(module: nn.Linear, product: Product, x: torch.Tensor) -> torch.Tensor:
+    return product(x, module.weight, module.bias)

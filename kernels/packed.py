@@ -39,7 +39,8 @@ _STEP: ContextVar[_Step] = ContextVar("ropeway_step")
 class PackedForward:
     """Runs a step of a model packed. Holds no state of a batch.
 
-    deterministic: attention adds up a token's keys in one order, whatever else is in the step; on a GPU only."""
+    deterministic: attention adds up a token's keys in one order, whatever else is in the step, and logits are fp32, so
+    that the sampler's kernels read one dtype whatever its rows ask for; on a GPU only."""
 
     def __init__(self, model: PreTrainedModel, pool: KVPool, deterministic: bool = False) -> None:
         self._model = model
@@ -66,7 +67,7 @@ class PackedForward:
         finally:
             _STEP.reset(token)
         self.windows = step.windows
-        return logits[0]
+        return logits[0].float() if self._deterministic else logits[0]
 
     def computed_slots(self, batch: LeftPaddedBatch) -> int:
         """Token places that a forward of this batch computes: no pads at all."""

@@ -88,10 +88,17 @@ def choose_layout(model: PreTrainedModel, max_model_len: int, wanted: Literal["a
     raise UnsupportedModel(f"{name} cannot be batched: not {'; not '.join(refusals)}.")
 
 
-def packed_logits(model: PreTrainedModel, max_model_len: int) -> list[torch.Tensor]:
+def packed_logits(model: PreTrainedModel, max_model_len: int, deterministic: bool = False) -> list[torch.Tensor]:
     """[T,V] per row of the trial: all rows together in the packed layout, which must work for the model."""
-    forward = PackedForward(model, KVPool(num_blocks=16, block_size=BLOCK_SIZE, fill=torch.nan))
+    forward = PackedForward(model, KVPool(num_blocks=16, block_size=BLOCK_SIZE, fill=torch.nan), deterministic)
     return _batched_logits(forward, _rows(model, max_model_len), model.device)
+
+
+def whole_logits(model: PreTrainedModel, max_model_len: int, deterministic: bool = False) -> list[torch.Tensor]:
+    """As `packed_logits`, each row alone and in one step."""
+    forward = PackedForward(model, KVPool(num_blocks=16, block_size=BLOCK_SIZE, fill=torch.nan), deterministic)
+    rows = _rows(model, max_model_len)
+    return [_batched_logits(forward, [row], model.device, ((len(row),),))[0] for row in rows]
 
 
 def allowed_difference(model: PreTrainedModel, max_model_len: int) -> float:
@@ -195,18 +202,21 @@ def _try(
 
 
 def _batched_logits(
-    forward: PackedForward | PaddedForward, rows: list[torch.Tensor], device: torch.device
+    forward: PackedForward | PaddedForward,
+    rows: list[torch.Tensor],
+    device: torch.device,
+    pieces: tuple[tuple[int, ...], ...] = PIECES,
 ) -> list[torch.Tensor]:
     """[T,V] per row, all rows together, step by step."""
     parts: list[list[torch.Tensor]] = [[] for _ in rows]
     ids = [row.tolist() for row in rows]
-    for step in range(len(PIECES) - 1 + len(PIECES[0])):
+    for step in range(len(pieces) - 1 + len(pieces[0])):
         inputs, members = [], []
-        for row, pieces in enumerate(PIECES):
-            if not row <= step < row + len(pieces):
+        for row, counts in enumerate(pieces):
+            if not row <= step < row + len(counts):
                 continue
-            start = sum(pieces[: step - row])
-            piece = ids[row][start : start + pieces[step - row]]
+            start = sum(counts[: step - row])
+            piece = ids[row][start : start + counts[step - row]]
             if piece:
                 blocks = -(-(start + len(piece)) // BLOCK_SIZE)
                 table = [1 + row + len(rows) * (3 - block) for block in range(blocks)]  # scattered, not in order

@@ -38,15 +38,14 @@ class Tile:
     stages: int
 
 
-LARGEST = Tile(128, 256, 64, warps=8, stages=4)
-TILES = (LARGEST, Tile(128, 128, 64, 4, 4), Tile(64, 128, 64, 4, 5), Tile(64, 64, 128, 4, 4))
+TILES = (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 4), Tile(64, 128, 64, 4, 5), Tile(64, 64, 128, 4, 4))
 """Of two bytes per number, the largest first."""
 FEW = (Tile(64, 16, 128, 4, 7), Tile(64, 32, 128, 4, 7))
 """The same for so few rows that reading the weight decides."""
 WIDE = Tile(64, 32, 32, warps=4, stages=3)
 """Of four bytes per number."""
-PROGRAMS = 128
-"""A large GPU's multiprocessors, about: with a smaller tile there are at least so many programs, if there can be."""
+PROGRAMS = 96
+"""Most of a large GPU's multiprocessors: tiles are made smaller until there are so many programs, if there can be."""
 
 
 def tile_of(rows: int, outputs: int, itemsize: int) -> Tile:
@@ -56,7 +55,7 @@ def tile_of(rows: int, outputs: int, itemsize: int) -> Tile:
     for tile in FEW:
         if rows <= tile.rows:
             return tile
-    for tile in TILES:
+    for tile in TILES if rows <= TILES[0].rows else TILES[1:]:  # the first where it reads the weight once
         if rows > tile.rows // 2 and ceil_div(rows, tile.rows) * ceil_div(outputs, tile.outputs) >= PROGRAMS:
             return tile
     return TILES[-1]

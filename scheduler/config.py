@@ -38,6 +38,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     prefix_cache_scope: Literal["key", "server"] = "key"
     batch_layout: Literal["auto", "padded", "packed"] = "auto"
+    deterministic: bool = False
+    """Logits of a row have the same bits whatever shares its steps, see `kernels/deterministic.py`."""
     lag: Literal[0, 1] | None = None
     """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
     threads: int | None = None

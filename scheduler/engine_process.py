@@ -78,6 +78,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         quantization=config.quantization,
         device_map=config.device_map,
         layout=config.batch_layout,
+        deterministic=config.deterministic,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

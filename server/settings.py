@@ -139,6 +139,9 @@ class Settings:
     batch_layout: Literal["auto", "padded", "packed"] = flag(
         "auto", BATCH, "left-padded tensors, or the same grid with its pads skipped"
     )
+    deterministic: bool = flag(
+        False, BATCH, "on a GPU: the same bits whatever shares the batch, in bfloat16 too; slower, see deterministic.md"
+    )
 
     queue_requests: int | None = flag(None, LIMITS, "choices in flight; default 4 x max-num-seqs, at least 256", low=1)
     queue_tokens: int | None = flag(
@@ -221,6 +224,7 @@ class Settings:
             enable_prefix_caching=self.enable_prefix_caching,
             prefix_cache_scope=self.prefix_cache_scope,
             batch_layout=self.batch_layout,
+            deterministic=self.deterministic,
             served_model_name=self.served_names[0],
         )
 
@@ -375,7 +379,6 @@ NOT_BUILT = {
     "--tensor-parallel-size": "a model runs on one device",
     "--pipeline-parallel-size": "a model runs on one device",
     "--data-parallel-size": "start one server per device behind a balancer",
-    "--deterministic": "only float32 gives the same tokens whatever shares the batch",
     "--ssl-keyfile": "let a proxy terminate TLS",
     "--ssl-certfile": "let a proxy terminate TLS",
     "--ssl-ca-certs": "let a proxy terminate TLS",

@@ -19,6 +19,7 @@ from ropeway.server.presets import DEFAULT_FILE, file_name, not_done
 from ropeway.server.settings import Settings
 
 SAMPLING_DEFAULTS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+DETERMINISTIC = "a request's logits have the same bits whatever shares its steps, is cached or was preempted"
 PROGRESS_STEP = 0.25
 """Plain lines tell a stage's progress in such steps."""
 STAGES_SHOWN = 4
@@ -120,6 +121,7 @@ def plan_rows(info: ModelInfo, settings: Settings) -> list[tuple[str, str]]:
         ("weights", size(info.weight_bytes)),
         *([("quantization", info.quantization)] if info.quantization else []),
         *([("fusion", info.fusion)] if info.fusion else []),
+        *([("deterministic", DETERMINISTIC)] if settings.deterministic else []),
         *([("CUDA graphs", graphs_line(info))] if info.device.startswith("cuda") else []),
         (
             "KV cache",

@@ -69,6 +69,13 @@ def test_chat_line(tmp_path: Path) -> None:
     assert chat_line(info, Settings()).startswith("no chat template")
 
 
+def test_deterministic_is_said(tmp_path: Path) -> None:
+    """Guards a promise that costs speed: who asked for it, and only who did, sees that it holds."""
+    info = model_info(write_text_dir(tmp_path))
+    assert "same bits" in dict(plan_rows(info, Settings(deterministic=True)))["deterministic"]
+    assert "deterministic" not in dict(plan_rows(info, Settings()))
+
+
 def test_progress_without_a_terminal() -> None:
     """Guards logs: a line per stage and quarter, not one per heartbeat."""
     beats = [Heartbeat(1, "loading", "reading weights", step / 100) for step in range(100)]
