@@ -24,10 +24,11 @@ from about import about
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import StepOutput
 from ropeway.scheduler.blocks import BlockPool
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, StepOutputs
 from ropeway.scheduler.plan import StepPlan
 from ropeway.scheduler.processes import calm_gc
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 SIZES = [16, 64, 256, 1024]
 PROMPT, BLOCK_SIZE, VOCABULARY, WARM_STEPS = 128, 16, 50_000, 20

@@ -26,7 +26,8 @@ from ropeway.kernels.rope import fix_rope
 from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampler import Lines, Sampler
 from ropeway.kernels.sampling_state import SamplingState
-from ropeway.kernels.step import RowInput, StepInput
+from ropeway.kernels.scoring import bytes_of_scores
+from ropeway.kernels.step import RowInput, StepInput, scores_per_step
 from ropeway.kernels.triton_sampler import TritonSampler
 
 GRAPH_BYTES = 4 << 20
@@ -214,7 +215,7 @@ def _bytes_of_steps(
             needed += peak_bytes(lambda: step(min(LARGEST_MIXED, max_tokens)), device)
             needed += logits_bytes + num_graphs * GRAPH_BYTES
     # Made when a request asks for them: tables of biases and penalties; logprobs in fp32, with an int64 order, twice.
-    return needed + (2 + 6) * logits_bytes
+    return needed + (2 + 6) * logits_bytes + bytes_of_scores(min(scores_per_step(width), max_tokens), width)
 
 
 def _full_step(tokens: int, rows: int, max_model_len: int, block_size: int) -> StepInput:

@@ -119,5 +119,13 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 
 
 def _parts(batch: LeftPaddedBatch) -> list[list[int]]:
-    """Rows of each forward. Its places are fewer than twice the tokens, or `SHORT_CHUNK` per row."""
-    return grouped_rows(batch, SHORT_CHUNK)
+    """Rows of each forward. Its places are fewer than twice the tokens, or `SHORT_CHUNK` per row.
+
+    Rows that want more logits than their last token's are apart: the head runs on whole columns."""
+    groups = grouped_rows(batch, SHORT_CHUNK)
+    if len(batch.logits_tokens) <= batch.B:
+        return groups
+    row = np.searchsorted(np.cumsum(batch.query_lens), batch.logits_tokens, side="right")
+    wide = set(np.flatnonzero(np.bincount(row, minlength=batch.B) > 1).tolist())
+    halves = [[one for one in group if (one in wide) == apart] for group in groups for apart in (False, True)]
+    return [half for half in halves if half]

@@ -24,6 +24,7 @@ from ropeway.kernels.graphs import Capture, StepGraph, StepGraphs, first_sizes
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.loader import Progress
 from ropeway.kernels.sampler import Lines, Sampled, Sampler
+from ropeway.kernels.scoring import Scored, Scoring
 from ropeway.kernels.staging import Columns, Size, Staged, Staging
 from ropeway.kernels.step import StepInput, StepOutput, TokenLogprobs
 from ropeway.kernels.triton_sampler import KINDS, TritonSampler
@@ -68,6 +69,8 @@ class Flight:
     clock: _Clock
     before: _Clock | None
     """Of the step before, if that was unread when this one was launched."""
+    scored: tuple[Scoring, Scored] | None = None
+    """Of a step that scores; on the host, once it is done."""
     was_read: bool = field(default=False)
 
     def read(self) -> StepOutput:
@@ -82,6 +85,7 @@ class Flight:
             computed_slots=self.computed_slots,
             host_gap_seconds=0.0 if self.before is None else self.clock.idle_since(self.before),
             errors=self.sampled.errors,
+            scored={} if self.scored is None else self.scored[0].tokens(self.scored[1]),
         )
 
     def _logprobs(self) -> dict[int, TokenLogprobs]:
@@ -141,15 +145,20 @@ class ModelRunner:
         """Joins, block copies, forward, sampling. `UNREAD` ids are those that the previous launch sampled."""
         self._sampler.state.join(step.joins)
         columns = Columns.of(step.rows)
-        graph = self._graphs.find(columns.size) if self._graphs is not None else None
+        graph = self._graphs.find(columns.size) if self._graphs is not None and not step.scores else None
         staged = self._staging.stage(step, columns, None if graph is None else graph.size)
         self._pool.copy_blocks(staged.copies)
         clock = _Clock.on(self._device)
         clock.mark(0)
         lines = self._staging.lines(staged)
+        scored = None
         if graph is None:
             batch = self._plain_batch(staged)
-            sampled = self._sampler.sample_lines(self._forward(batch), lines)
+            if step.scores:
+                logits, scored = self._score(step, columns, batch)
+            else:
+                logits = self._forward(batch)
+            sampled = self._sampler.sample_lines(logits, lines)
             computed_slots = self._forward.computed_slots(batch)
         else:
             sampled = self._replay(graph, lines)
@@ -162,6 +171,7 @@ class ModelRunner:
             computed_slots,
             clock,
             None if self._last is None or self._last.was_read else self._last.clock,
+            scored,
         )
         clock.mark(2)
         self._last = flight
@@ -183,6 +193,14 @@ class ModelRunner:
             progress(f"preparing steps of {size.tokens} tokens", number / len(wanted))
             self._graphs.add(size)
         return None if self._graphs.captured else self._graphs.refusal
+
+    def _score(
+        self, step: StepInput, columns: Columns, batch: LeftPaddedBatch
+    ) -> tuple[torch.Tensor, tuple[Scoring, Scored]]:
+        """The forward of a step that scores: logits of the rows' last tokens, and the scores on their way."""
+        scoring = Scoring(step.scores, columns.counts)
+        logits = self._forward(scoring.widen(batch))
+        return scoring.sampled(logits), (scoring, scoring.score(logits).on_host())
 
     def _plain_batch(self, staged: Staged) -> LeftPaddedBatch:
         counts = staged.columns.counts

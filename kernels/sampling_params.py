@@ -26,6 +26,7 @@ class SamplingParams:
         min_tokens: until so many tokens are generated, `stop_token_ids` are banned.
         seed: int64; with the token's position it alone decides the noise.
         logprobs: number of most likely tokens to report per position; 0 = only the chosen one; None = none.
+        prompt_logprobs: the same for the tokens of the prompt; once per request, whatever its choices.
     """
 
     temperature: float = 1.0
@@ -41,6 +42,7 @@ class SamplingParams:
     min_tokens: int = 0
     seed: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 def wrap_seed(seed: int) -> int:

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 UNREAD = -1
 """Stands for a token that is sampled but not yet read from the device."""
 
+SCORED_BYTES = 2**27
+"""Of a step's logits that are there for scores alone, were they fp32."""
+
+
+def scores_per_step(vocab_size: int) -> int:
+    """Tokens of prompts that one step may score: their logits bound its memory."""
+    return max(SCORED_BYTES // (4 * vocab_size), 16)
+
+
 Edit = Callable[["torch.Tensor"], None]
 """edit(scores): changes one row's scores [V] fp32 in place, on their device. Whatever it raises ends that row alone."""
 
@@ -56,6 +65,16 @@ class RowInput:
     top-k, top-p and min-p, as custom processors are in transformers. The launches of a GPU are not waited for."""
 
 
+@dataclass(slots=True, frozen=True)
+class Score:
+    """Known tokens of a row whose logprobs are wanted: of each the one given those before it."""
+
+    targets: list[int]
+    """At least one: the ids that follow the row's first `len(targets)` tokens of this step."""
+    top: int
+    """Most likely tokens to report at each place."""
+
+
 @dataclass(slots=True)
 class StepInput:
     """All that one step computes, in the order in which it happens: joins, copies, forward, sampling."""
@@ -64,6 +83,8 @@ class StepInput:
     joins: list[RowState] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(source block, destination block), copied in every layer before the forward (copy on write)."""
+    scores: dict[int, Score] = field(default_factory=dict)
+    """Row number -> what is scored; of all rows together no more than `scores_per_step`."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -76,6 +97,18 @@ class TokenLogprobs:
     """(token id, logprob) of the most likely tokens, best first; `SamplingParams.logprobs` of them."""
 
 
+@dataclass(slots=True, frozen=True)
+class ScoredToken:
+    """Log-softmax in fp32 of the model's own logits before a known token."""
+
+    logprob: float
+    """Of the token."""
+    rank: int
+    """1 = none was more likely."""
+    top: list[tuple[int, float]]
+    """(token id, logprob) of the most likely tokens, best first; `Score.top` of them."""
+
+
 @dataclass(slots=True)
 class StepOutput:
     """What a step gave, row by row of its `StepInput`."""
@@ -86,6 +119,8 @@ class StepOutput:
     """False where a row's logits hold NaN, or +inf, or nothing but -inf: the row must end with an error."""
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """Row number -> logprobs, for rows that asked."""
+    scored: dict[int, list[ScoredToken]] = field(default_factory=dict)
+    """Row number -> one per target of `StepInput.scores`."""
     errors: dict[int, str] = field(default_factory=dict)
     """Row number -> why its edit failed, one sentence for the client: the row must end with it."""
     computed_slots: int = 0

@@ -16,13 +16,15 @@ from typing import Literal
 import msgspec
 
 from ropeway.kernels.errors import LoadError
+from ropeway.kernels.step import scores_per_step
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine import Engine, Runner
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import Heartbeat, LoadFailed, ModelInfo, Phase
 from ropeway.scheduler.processes import EngineContext, send_control
 from ropeway.scheduler.row import BuildEdit
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 HEARTBEAT_SECONDS = 0.25
 GPU_STEP_TIMEOUT, CPU_STEP_TIMEOUT = 60.0, 600.0
@@ -163,6 +165,7 @@ def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
+        max_scored_tokens=scores_per_step(info.vocab_size),
         prefix_cache_scope=config.prefix_cache_scope,
     )
     pool = BlockPool(info.num_blocks, info.block_size, caching=config.enable_prefix_caching)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.step import TokenLogprobs
+from ropeway.kernels.step import ScoredToken, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error", "refused"]
 """refused: what the client asked of this row cannot be done, whoever tries."""
@@ -56,6 +56,8 @@ class AddRequest(msgspec.Struct, tag="add", array_like=True, frozen=True):
     deadline: float | None = None
     edits: list[EditSpec] = []
     """What changes each row's scores between forward and sampler, in this order; may end it, too."""
+    num_scored: int = 0
+    """Prompt tokens that need no logprobs (any more), where `sampling.prompt_logprobs` asks for them."""
 
 
 class AbortRequest(msgspec.Struct, tag="abort", array_like=True, frozen=True):
@@ -87,6 +89,9 @@ class RowOutput(msgspec.Struct, array_like=True, gc=False):
     """One sentence for the client, with finish_reason "error", "timeout" or "refused"."""
     stop_reason: str | None = None
     """What a row's edit said when it ended the row, with finish_reason "stop"."""
+    scored: list[ScoredToken] = []
+    """Of the next tokens of the prompt, the first of which has none. They come with the first choice, in pieces, before
+    any choice's first token."""
 
 
 class StepOutputs(msgspec.Struct, tag="step"):

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput
+from ropeway.kernels.step import UNREAD, RowInput, RowState, Score, StepInput
 from ropeway.scheduler.row import Row
 
 Reason = Literal[
     "token budget",  # the step has as many tokens as it may
     "prefill share",  # more prompt tokens would hold up the rows that decode
+    "logprobs budget",  # the step scores as many prompt tokens as it may
     "row budget",  # the batch has as many rows as it may
     "no free blocks",  # what is there belongs to rows that come first
     "leader prefilling",  # another choice is computing the prompt that this one will share
@@ -52,6 +53,8 @@ class Draft:
     now: float
     tokens_left: int
     """Of the step's token budget."""
+    scores_left: int
+    """Of the step's budget of prompt tokens whose logprobs are wanted."""
     why_full: Reason = "token budget"
     """Why a row finds no tokens left."""
     num_tokens: int = 0
@@ -72,6 +75,17 @@ class Draft:
         self.spans[row] = start, stop
         self.tokens_left -= stop - start
         self.num_tokens += stop - start
+        if row.scores_left:
+            self.scores_left -= stop - start
+
+    def room(self, row: Row) -> int:
+        """Tokens that this row may still compute in the step."""
+        return min(self.tokens_left, self.scores_left) if row.scores_left else self.tokens_left
+
+    @property
+    def why_no_room(self) -> Reason:
+        """Why `room` is 0 for a row."""
+        return "logprobs budget" if self.tokens_left else self.why_full
 
     def drop(self, row: Row) -> None:
         """Takes a row out of the step again, or keeps it out."""
@@ -80,6 +94,8 @@ class Draft:
             start, stop = self.spans.pop(row)
             self.tokens_left += stop - start
             self.num_tokens -= stop - start
+            if row.scores_left:
+                self.scores_left += stop - start
             self.decode_rows -= row.num_pending == 1
 
     def limit(self, share: int) -> None:
@@ -92,6 +108,7 @@ class Draft:
     def launch(self) -> StepPlan:
         """Advances the rows: from here on the step counts as launched."""
         parts = []
+        scores = {}
         for place, (row, (start, stop)) in enumerate(self.spans.items()):
             unread = row.in_flight
             sample = stop == len(row.tokens) + unread
@@ -101,8 +118,11 @@ class Draft:
                 part = RowInput(row.state_slot, row.tokens[start:stop], start, row.block_table, -1, sample)
             if sample and row.edits:
                 part.edit = row.edit
+            if row.scores_left and (targets := row.prompt_ids[start + 1 : stop + 1]):
+                scores[place] = Score(targets, row.sampling.prompt_logprobs or 0)
             parts.append(part)
             row.computed = stop
             row.in_flight = unread + sample
             row.place = place
-        return StepPlan(list(self.spans), StepInput(parts, self.joins, self.copies), self.num_tokens, self.decode_rows)
+        step = StepInput(parts, self.joins, self.copies, scores)
+        return StepPlan(list(self.spans), step, self.num_tokens, self.decode_rows)

@@ -51,6 +51,7 @@ class RequestStream:
         self._forget = forget
         self._request = request
         self._emitted: dict[int, list[int]] = {start.index: [] for start in request.choices}
+        self._num_scored = 1  # the prompt's first token has no logprob
         self._open = set(self._emitted)
         self._pending: dict[int, RowOutput] = {}
         self._error: EngineError | None = None
@@ -113,6 +114,7 @@ class RequestStream:
         if emitted and output.cached_tokens is not None:
             output.cached_tokens = None  # of the restarted engine, which knows more of the prompt than the first did
         emitted += output.token_ids
+        self._num_scored += len(output.scored)
         self._since_death[index] += len(output.token_ids)
         if self._since_death[index] >= FORGIVEN_TOKENS:
             self.deaths = 0
@@ -147,7 +149,9 @@ class RequestStream:
     def resume_request(self, generation: int) -> AddRequest:
         """What asks this generation of the engine for the rest. Called by the client."""
         starts = [ChoiceStart(index, self._emitted[index]) for index in sorted(self._open)]
-        return msgspec.structs.replace(self._request, generation=generation, choices=starts)
+        return msgspec.structs.replace(
+            self._request, generation=generation, choices=starts, num_scored=self._num_scored
+        )
 
 
 def _nobody() -> None:
@@ -169,4 +173,5 @@ def merge(first: RowOutput, second: RowOutput) -> RowOutput:
         stop_reason=second.stop_reason,
         cached_tokens=first.cached_tokens if first.cached_tokens is not None else second.cached_tokens,
         error=second.error,
+        scored=first.scored + second.scored,
     )

@@ -58,6 +58,9 @@ class Row:
     cache_salt: str = ""
     edits: Sequence[RowEdit] = ()
     """What changes its scores, in this order."""
+    scores_left: int = 0
+    """Prompt tokens, its last ones, whose logprobs are still to be sent. As long as there are any, the row computes all
+    of its prompt."""
     emptied: "torch.Tensor | None" = None
     """[] bool, where its scores are: whether its edits left no token the last time. Waited for when it is read."""
     max_in_flight: int = 1
@@ -175,7 +178,7 @@ def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
     if len({choice.index for choice in request.choices}) != len(request.choices):
         raise InvalidRequest("The engine got a request with the same choice twice.")
     stop_ids = frozenset(request.sampling.stop_token_ids)
-    return [
+    rows = [
         Row(
             request_id=request.request_id,
             choice=choice.index,
@@ -194,3 +197,6 @@ def rows_of(request: AddRequest, owner: int, max_model_len: int) -> list[Row]:
         )
         for choice in request.choices
     ]
+    if request.sampling.prompt_logprobs is not None and rows:
+        rows[0].scores_left = len(request.prompt_ids) - max(request.num_scored, 1)
+    return rows

@@ -17,12 +17,11 @@ Pure Python. Knows no tensors, no sockets and no clock: the caller passes the ti
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from ropeway.kernels.errors import EditError
-from ropeway.kernels.step import RowState, StepOutput, TokenLogprobs
+from ropeway.kernels.step import RowState, ScoredToken, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
+from ropeway.scheduler.limits import Limits, check_length
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.plan import Draft, HeadStart, Reason, StepPlan
@@ -30,21 +29,6 @@ from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, ClientMistake, Invalid
 from ropeway.scheduler.row_edits import stop_reason
 from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
 from ropeway.scheduler.waiting import Waiting
-
-
-class RequestTooLong(InvalidRequest):
-    """The request could never be finished, not even alone."""
-
-
-@dataclass(slots=True, frozen=True)
-class Limits:
-    """The budgets of a step and the longest row."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    prefix_cache_scope: Literal["key", "server"] = "key"
-    """Who shares cached prefixes: the requests of one key, or all."""
 
 
 class Scheduler:
@@ -75,7 +59,7 @@ class Scheduler:
         rows = rows_of(request, owner, self.limits.max_model_len)
         if not rows or (owner, request.request_id) in self._choices:
             raise InvalidRequest("The engine got a request without choices or with an id in use.")
-        self._check_length(rows[0])
+        check_length(rows[0], self.limits, self.pool)
         for row in rows:
             add_edits(row, request.edits, self._builders)
         self._choices[owner, request.request_id] = rows
@@ -95,18 +79,6 @@ class Scheduler:
             RowOutput(request.request_id, choice.index, finish_reason=reason, error=str(error))
             for choice in request.choices
         )
-
-    def _check_length(self, row: Row) -> None:
-        if row.num_prompt >= self.limits.max_model_len:
-            raise RequestTooLong(
-                f"The prompt has {row.num_prompt} tokens, but the context ends at {self.limits.max_model_len}."
-            )
-        needed = self.pool.blocks_for(row.max_length - 1)  # the last token is never computed
-        if needed > self.pool.num_usable:
-            raise RequestTooLong(
-                f"The prompt of {row.num_prompt} tokens and max_tokens need {needed} KV cache blocks "
-                f"of {self.pool.block_size} tokens, but there are only {self.pool.num_usable}; ask for fewer tokens."
-            )
 
     def abort(self, owner: int, request_id: int, choice: int | None = None) -> None:
         """Drops a choice, or all of them, without a word: in no plan from now on. Unknown ids are no error."""
@@ -138,7 +110,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if no row can go on before something is read. The caller launches it at once."""
         self._drop_expired(now)
-        draft = Draft(now, self.limits.max_num_batched_tokens)
+        draft = Draft(now, self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
         decoding: list[Row] = []
         chunks: list[Row] = []
         for row in self.running:
@@ -160,10 +132,11 @@ class Scheduler:
         if row.in_flight > row.max_in_flight or num_tokens >= row.max_length:
             self.stats.reasons["token unread"] += 1
             return
-        if not draft.tokens_left:
-            self.stats.reasons[draft.why_full] += 1
+        room = draft.tokens_left if not row.scores_left else draft.room(row)
+        if not room:
+            self.stats.reasons[draft.why_no_room] += 1
             return
-        stop = min(num_tokens, row.computed + draft.tokens_left)
+        stop = min(num_tokens, row.computed + room)
         if stop <= len(row.block_table) * self.pool.block_size or self._make_room(row, stop, draft):
             draft.take(row, row.computed, stop)
 
@@ -205,7 +178,7 @@ class Scheduler:
                 admitted.append(row)
                 continue
             self.stats.reasons[reason] += 1
-            if reason not in ("leader prefilling", "edit not ready"):
+            if reason not in ("leader prefilling", "edit not ready", "logprobs budget"):
                 break
         for row in admitted:
             self.waiting.remove(row)
@@ -214,8 +187,8 @@ class Scheduler:
         """Takes a waiting row into the step, or says why not."""
         if not self._free_slots:
             return "row budget"
-        if not draft.tokens_left:
-            return draft.why_full
+        if not draft.room(row):
+            return draft.why_no_room
         if row.edits and not all(edit.ready for edit in row.edits):
             return "edit not ready"
         leader = self._leader(row)
@@ -230,11 +203,14 @@ class Scheduler:
         return None
 
     def _leader(self, row: Row) -> Row | None:
-        """The running choice of the same request that has, or will first have, the prompt in the cache.
+        """The running choice of the same request that has, or will first have, the prompt in the cache; the one that
+        scores the prompt, if that is wanted, even before it runs: nothing comes before the prompt's logprobs.
 
         `computed` advances at launch only, so a choice that joins in this very step has nothing to copy from yet.
         """
         choices = self._choices[row.owner, row.request_id]
+        if choices[0].scores_left and choices[0] is not row:
+            return choices[0]
         return max((other for other in choices if other.running), key=lambda other: other.computed, default=None)
 
     def _head_start(self, row: Row, leader: Row | None) -> HeadStart:
@@ -246,6 +222,8 @@ class Scheduler:
             leader   | full | full | full | pa......  |      num_prompt - 1 = 3 blocks + 2 tokens
             fork     | same | same | same | copy, then its own tokens
         """
+        if row.scores_left:
+            return HeadStart([], 0)
         size = self.pool.block_size
         self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
         cached = self.pool.find(row.block_hashes[: (row.num_tokens - 1) // size])
@@ -260,7 +238,7 @@ class Scheduler:
         return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
 
     def _join(self, row: Row, head: HeadStart, draft: Draft) -> None:
-        stop = min(row.num_tokens, head.start + draft.tokens_left)
+        stop = min(row.num_tokens, head.start + draft.room(row))
         self.pool.share(head.blocks)
         own = self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
         if head.copy_from is not None:
@@ -290,6 +268,8 @@ class Scheduler:
     def update(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Hands the sampled tokens of a step to its rows. What came too late for a finished row counts for nothing."""
         size = self.pool.block_size
+        for place, scored in output.scored.items():
+            self._emit_scored(plan.rows[place], plan.step.rows[place].start, scored)
         for place, (row, part) in enumerate(zip(plan.rows, plan.step.rows, strict=True)):
             if row.finished or not part.sample:
                 continue
@@ -304,6 +284,13 @@ class Scheduler:
                 self._publish(row)
             row.tokens.append(output.token_ids[place])
             self._emit(row, output.logprobs.get(place), now)
+
+    def _emit_scored(self, row: Row, start: int, scored: list[ScoredToken]) -> None:
+        """Sends logprobs of the prompt's tokens behind position `start`, but none that went out before a preemption."""
+        new = scored[row.num_prompt - row.scores_left - start - 1 :]
+        if new and not row.finished:
+            row.scores_left -= len(new)
+            self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, scored=new))
 
     def _publish(self, row: Row) -> None:
         """Makes the full blocks findable that the step just read has completed: they hold `tokens`, and are sound."""

@@ -15,9 +15,10 @@ from ropeway.kernels.runner import ModelRunner
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
 from ropeway.scheduler.pace import Pace
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 ROWS = 7
 CHUNK = 24

@@ -3,9 +3,10 @@
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.step import StepOutput
 from ropeway.scheduler.blocks import BlockPool
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, RowOutput
 from ropeway.scheduler.plan import StepPlan
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 OWNER = 3
 

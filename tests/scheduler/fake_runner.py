@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.step import UNREAD, RowInput, RowState, StepInput, StepOutput, TokenLogprobs
+from ropeway.kernels.step import UNREAD, RowInput, RowState, ScoredToken, StepInput, StepOutput, TokenLogprobs
 
 VOCAB = 50
 EMPTY = -7
@@ -26,6 +26,11 @@ def next_token(context: list[int], num_output: int, params: SamplingParams) -> i
         if token not in banned:
             return token
     raise AssertionError("every token is banned")
+
+
+def score(context: list[int], target: int) -> float:
+    """The logprob of a token behind a context."""
+    return -1.0 - hash((tuple(context), target)) % 1000
 
 
 @dataclass
@@ -143,5 +148,11 @@ class FakeRunner:
                 for index, (row, one, end) in enumerate(zip(step.rows, params, ends, strict=True))
                 if row.sample and one.logprobs is not None
             },
+            scored={place: self._scored(step.rows[place], wanted.targets) for place, wanted in step.scores.items()},
             computed_slots=len(step.rows) * max(len(row.token_ids) for row in step.rows),
         )
+
+    def _scored(self, row: RowInput, targets: list[int]) -> list[ScoredToken]:
+        assert 0 < len(targets) <= len(row.token_ids)
+        flat = [token for block in row.block_table for token in self.pool[block]]
+        return [ScoredToken(score(flat[: row.start + i], target), 1, []) for i, target in enumerate(targets, 1)]

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Literal
 
-from fake_runner import VOCAB, FakeRunner, next_token
+from fake_runner import VOCAB, FakeRunner, next_token, score
 from hypothesis import strategies as st
 
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AbortRequest, AddRequest, ChoiceStart, RowOutput
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 OWNERS = 2
 Choice = tuple[int, int]
@@ -51,6 +52,7 @@ class Scenario:
     broken: frozenset[tuple[int, int]] = frozenset()
     crash_at: int | None = None
     """The engine dies with all it knows; the workers send again what was not finished."""
+    max_scored_tokens: int = 8
     worker_dies_at: int | None = None
     """Worker 0 and its requests are gone."""
 
@@ -102,6 +104,13 @@ class Run:
             for arrival in scenario.arrivals
             for choice in arrival.request.choices
         }
+        self.scored: dict[int, list[float]] = {arrival.request.request_id: [] for arrival in scenario.arrivals}
+        """By request: what came of its prompt's logprobs."""
+        self.prompts = {
+            arrival.request.request_id: arrival.request.prompt_ids
+            for arrival in scenario.arrivals
+            if arrival.request.sampling.prompt_logprobs is not None
+        }
         self.preemptions = 0
         self.forks = 0
         self.start_engine()
@@ -109,7 +118,13 @@ class Run:
     def start_engine(self) -> None:
         scenario = self.scenario
         self.pool = BlockPool(scenario.num_blocks, scenario.block_size, caching=scenario.caching)
-        limits = Limits(scenario.max_num_seqs, scenario.max_num_batched_tokens, scenario.max_model_len, scenario.scope)
+        limits = Limits(
+            scenario.max_num_seqs,
+            scenario.max_num_batched_tokens,
+            scenario.max_model_len,
+            scenario.scope,
+            scenario.max_scored_tokens,
+        )
         self.scheduler = Scheduler(limits, self.pool)
         self.runner = FakeRunner(scenario.num_blocks, scenario.block_size, scenario.broken, self.pool.is_published)
         self.engine = Engine(self.scheduler, self.runner, scenario.lag, count(0.0, 0.01).__next__)
@@ -194,7 +209,8 @@ class Run:
             ]
             if arrival.at <= now and starts and not self.worker_is_dead(arrival, now):
                 fields = {name: getattr(arrival.request, name) for name in AddRequest.__struct_fields__}
-                self.add(arrival, AddRequest(**{**fields, "choices": starts}))
+                scored = 1 + len(self.scored[arrival.request.request_id])
+                self.add(arrival, AddRequest(**{**fields, "choices": starts, "num_scored": scored}))
 
     def is_open(self, arrival: Arrival, index: int) -> bool:
         result = self.results[arrival.request.request_id, index]
@@ -208,6 +224,7 @@ class Run:
             self.forks += len(step.copies)
             assert len(step.rows) <= self.scenario.max_num_seqs
             assert sum(len(row.token_ids) for row in step.rows) <= self.scenario.max_num_batched_tokens
+            assert sum(len(one.targets) for one in step.scores.values()) <= self.scenario.max_scored_tokens
         assert sum(not flight.was_read for flight in self.runner.flights) <= self.scenario.lag
         self.scheduler.check_integrity()
         self.check_index()
@@ -216,6 +233,14 @@ class Run:
             for output in rows:
                 assert output.request_id % OWNERS == owner
                 self.receive(output)
+
+    def has_scores(self, request_id: int) -> bool:
+        """Whether all of its prompt's logprobs have come. One of its choices may be gone that was to bring them."""
+        prompt = self.prompts.get(request_id, [0])
+        expected = [score(prompt[:place], prompt[place]) for place in range(1, len(prompt))]
+        scored = self.scored[request_id]
+        assert scored == expected[: len(scored)]
+        return scored == expected or self.results[request_id, 0].aborted
 
     def check_index(self) -> None:
         """Whatever can be found holds what its digest says."""
@@ -229,7 +254,9 @@ class Run:
         result = self.results[output.request_id, output.choice]
         assert not result.aborted, "output after an abort"
         assert result.finish_reason is None, "output after the end"
-        assert output.token_ids or output.finish_reason
+        assert output.token_ids or output.finish_reason or output.scored
+        self.scored[output.request_id] += [one.logprob for one in output.scored]
+        assert not output.token_ids or self.has_scores(output.request_id), "a token came before its prompt's logprobs"
         assert (output.error is not None) == (output.finish_reason in ("error", "timeout"))
         result.tokens += output.token_ids
         result.logprobs += [one.logprob for one in output.logprobs or []]
@@ -300,6 +327,7 @@ def arrivals(draw: st.DrawFn, request_id: int) -> Arrival:
             stop_token_ids=tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=4))),
             min_tokens=draw(st.sampled_from([0, 0, 3])),
             logprobs=draw(st.sampled_from([None, 0])),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
             seed=draw(st.just(1000 * request_id) | st.just(2**63 - 2)),
             priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
             arrival=float(at),
@@ -333,6 +361,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         broken=draw(
             st.frozensets(st.tuples(st.integers(0, count).map(lambda i: 1000 * i), st.integers(1, 25)), max_size=3)
         ),
+        max_scored_tokens=draw(st.integers(1, 10)),
         crash_at=draw(st.none() | st.none() | st.integers(1, 20)),
         worker_dies_at=draw(st.none() | st.none() | st.integers(1, 20)),
     )
@@ -346,12 +375,21 @@ def crowds(draw: st.DrawFn) -> Scenario:
     priorities = [draw(st.sampled_from([0, 0, 1])) for _ in range(count)]
     tokens = [draw(st.integers(6, 20)) for _ in range(count)]
     n = [draw(st.sampled_from([1, 1, 2])) for _ in range(count)]
+    scores = [draw(st.sampled_from([None, None, 0])) for _ in range(count)]
     block_size = draw(st.integers(1, 3))
     return Scenario(
         arrivals=tuple(
             Arrival(
                 times[i],
-                request(i, PREFIXES[i % 2][: 3 + i], tokens[i], n[i], arrival=float(times[i]), priority=priorities[i]),
+                request(
+                    i,
+                    PREFIXES[i % 2][: 3 + i],
+                    tokens[i],
+                    n[i],
+                    arrival=float(times[i]),
+                    priority=priorities[i],
+                    prompt_logprobs=scores[i],
+                ),
             )
             for i in range(count)
         ),

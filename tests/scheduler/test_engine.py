@@ -11,8 +11,9 @@ from scenarios import Scenario, check, crowds, request, scenarios
 from ropeway.kernels.step import StepInput, StepOutput
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AbortRequest, ChoiceStart, RowOutput
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 
 @settings(max_examples=600, deadline=None, derandomize=True)

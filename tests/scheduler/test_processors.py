@@ -28,9 +28,10 @@ from ropeway.kernels.sampling_state import SamplingState
 from ropeway.scheduler import processors as module
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, EditSpec, RowOutput
 from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 __all__ = ["model"]  # the fixture
 

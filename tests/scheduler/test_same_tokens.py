@@ -27,9 +27,10 @@ from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.kernels.sampling_state import SamplingState
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
 from ropeway.scheduler.row import NO_BUILDERS, BuildEdit
-from ropeway.scheduler.scheduler import Limits, Scheduler
+from ropeway.scheduler.scheduler import Scheduler
 
 BLOCK = 4
 VOCAB = 97

@@ -3,7 +3,7 @@
 import pytest
 from desk import OWNER, Desk, shape
 
-from ropeway.scheduler.scheduler import RequestTooLong
+from ropeway.scheduler.limits import RequestTooLong
 
 
 def test_the_last_row_in_rank_gives_way() -> None:
