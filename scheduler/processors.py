@@ -176,6 +176,7 @@ class ProcessorEdit:
             try:
                 processed = processor(ids, processed)
             except Exception as error:
+                scores.copy_(processed[0])  # some raise because nothing was left to them
                 raise EditError(f"The logits processor {name} failed: {type(error).__name__}: {error}") from error
             if not isinstance(processed, torch.Tensor) or processed.shape != (1, len(scores)):
                 shape = tuple(getattr(processed, "shape", ()))

@@ -129,15 +129,18 @@ class Row:
     def edit(self, scores: "torch.Tensor") -> None:
         """Lets its edits change scores [V] fp32, one after the other. Raises whatever they raise."""
         self.emptied = None
-        for one in self.edits:
-            one.edit(self.tokens, scores)
-        self.emptied = scores.amax() == float("-inf")
+        try:
+            for one in self.edits:
+                one.edit(self.tokens, scores)
+        finally:
+            self.emptied = scores.amax() == float("-inf")
 
-    def why_not_finite(self) -> tuple[FinishReason, str]:
-        """Why its scores hold no number to choose: its own edits, if there was one before them, or the model."""
+    def why_no_token(self, error: str | None) -> tuple[FinishReason, str]:
+        """Why nothing could be chosen: its edits together banned all there was, one of them failed with this error, or
+        the model gave no numbers."""
         if self.emptied is not None and bool(self.emptied):
             return "refused", "Formats, processors and bans of this request together left no token to go on with."
-        return "error", "The model's logits for this request were not finite numbers."
+        return "error", error or "The model's logits for this request were not finite numbers."
 
     def finish_reason(self) -> FinishReason | None:
         """Whether the last known token ended the row. `min_tokens` come before any stop token."""

@@ -274,11 +274,8 @@ class Scheduler:
             if row.finished or not part.sample:
                 continue
             row.in_flight -= 1
-            if place in output.errors:
-                self._finish(row, "error", error=output.errors[place])
-                continue
-            if not output.finite[place]:
-                self._finish(row, *row.why_not_finite())
+            if place in output.errors or not output.finite[place]:
+                self._finish(row, *row.why_no_token(output.errors.get(place)))
                 continue
             if len(row.tokens) // size > row.num_published:
                 self._publish(row)

@@ -48,7 +48,7 @@ SAMPLING: Features = {
     "frequency": NOTHING | {"2": {"frequency_penalty": 2}, "-2": {"frequency_penalty": -2}},
     "presence": NOTHING | {"1.5": {"presence_penalty": 1.5}},
     "repetition": NOTHING | {"1.3": {"repetition_penalty": 1.3}, "encoder": {"encoder_repetition_penalty": 0.8}},
-    "no_repeat": NOTHING | {"3": {"no_repeat_ngram_size": 3}, "encoder": {"encoder_no_repeat_ngram_size": 4}},
+    "no_repeat": NOTHING | {"3": {"no_repeat_ngram_size": 3}, "encoder": {"encoder_no_repeat_ngram_size": 12}},
     "logit_bias": NOTHING | {"ban": {"logit_bias": {"270": -100}}, "wish": {"logit_bias": {"300": 8, "2": 1}}},
     "bad_words": NOTHING | {"text": {"bad_words": ["am"]}, "ids": {"bad_words_ids": [[300, 301], [302]]}},
     "bias": NOTHING | {"sequence": {"sequence_bias": [[[300], 2.0], [[301, 302], -3.0]]}},
@@ -86,6 +86,7 @@ SAMPLING: Features = {
         "regex": {"structured_outputs": {"regex": REGEX}},
         "choice": {"structured_outputs": {"choice": CHOICES}},
         "grammar": {"guided_grammar": GRAMMAR},
+        "closed": {"response_format": SCHEMA, "json_close_on_length": True},
     },
 }
 """What both routes have."""
@@ -125,9 +126,13 @@ def together(name: str, value: str, other: str, values: Iterable[str]) -> set[Pa
 
 LEFT_NOTHING = together("no_repeat", "3", "format", SAMPLING["format"].keys() - {"absent", "text"})
 LEFT_NOTHING |= together("no_repeat", "3", "tools", ["required", "named"])
+LEFT_NOTHING |= together(
+    "no_repeat", "encoder", "tools", ["required", "named"]
+)  # the prompt shows what calls look like
 """Where a format wants what a ban forbids: an answer, or a 400 that says that no token was left."""
 REFUSED = dict.fromkeys(together("echo", "on", "logprobs", ["own", "top"]), "echo with logprobs is not supported")
-"""What this server cannot do yet -> its sentence."""
+REFUSED |= dict.fromkeys(together("max_tokens", "1", "format", ["closed"]), "max_tokens")
+"""What this server cannot do -> its sentence."""
 
 
 def body(features: Features, row: Mapping[str, str]) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def fits(text: str, format: str) -> bool:
             return text in ("yes", "no")
         case "json_object":
             return isinstance(json.loads(text), dict)
-        case "json_schema" | "json":
+        case "json_schema" | "json" | "closed":
             return jsonschema.Draft202012Validator(CITY).is_valid(json.loads(text))
     return True
 
@@ -226,7 +231,7 @@ def test_pairs_that_cannot_be(server: RunningServer, route: str) -> None:
     for pair in sorted(LEFT_NOTHING | REFUSED.keys(), key=sorted):
         if not all(name in features for name, _ in pair):
             continue
-        asked = body(features, first | dict(pair) | {"max_tokens": "64"})
+        asked = body(features, first | {"max_tokens": "64"} | dict(pair))
         answer = server.post(route, **asked)
         if pair in LEFT_NOTHING and answer.status_code == 200:
             continue
@@ -269,6 +274,7 @@ def expect(row: Mapping[str, str], said: dict[str, Any]) -> None:
     assert (said["logprobs"] > 0) == (row["logprobs"] != "absent")
     if row["stop"] == "text" and row.get("echo") != "on" and not said["calls"]:
         assert "e" not in said["text"], said["text"]
+    assert not (reason == "length" and row["format"] == "closed")
     if reason == "length" or detail is not None or row["ends"] == "forced":
         return  # cut in its middle
     tools = row.get("tools", "absent")

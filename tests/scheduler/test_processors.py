@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from test_same_tokens import VOCAB, Setup, build, model
@@ -145,6 +146,16 @@ def test_stopping_criteria(model: LlamaForCausalLM, lag: int) -> None:
     assert ids_of(got[0]) == plain and ids_of(got[1]) == plain[:3]
     assert (got[1][-1].finish_reason, got[1][-1].stop_reason) == ("stop", "tokens")
     assert got[2][-1].error == "The stopping criterion broken failed: RuntimeError: too hot"
+
+
+def test_nothing_left_to_a_processor(model: LlamaForCausalLM) -> None:
+    """Guards blame: transformers' eta warper raises where all is banned, which other fields of the request did."""
+    silent = {"logits_processors": [{"name": "silent"}], "options": {"eta_cutoff": 0.1}}
+    registry = Registry({"silent": lambda: lambda ids, scores: torch.full_like(scores, -torch.inf)}, {})
+    asked = msgspec.structs.replace(request(1), edits=[EditSpec(PROCESSORS, silent)])
+    engine = build(model, Setup(), {PROCESSORS: ProcessorBuilder(registry, None, VOCAB, "cpu")})
+    (output,) = answers(engine, [asked])[1]
+    assert output.finish_reason == "refused" and output.error and "left no token" in output.error
 
 
 OWN = {"logits_processors": ("counter", {"first": 1, "vocab_size": VOCAB})}
