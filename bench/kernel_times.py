@@ -24,7 +24,7 @@ import torch
 import triton
 
 from ropeway.kernels import triton_attention
-from ropeway.kernels.fp8 import fp8_linear, round_to_fp8
+from ropeway.kernels.fp8 import FP8, fp8_linear, round_to_fp8
 from ropeway.kernels.linear import linear
 from ropeway.kernels.sampler import Lines, Sampler
 from ropeway.kernels.sampling_params import SamplingParams
@@ -142,6 +142,10 @@ class Attention:
         rows = RaggedRows(table, lengths, starts, query, query)
         return cls(rows, q, list(zip(parts[::2], parts[1::2], strict=True)), context)
 
+    def in_fp8(self) -> "Attention":
+        """The same over pools in FP8, which are half as large."""
+        return replace(self, pools=[(k.to(FP8), v.to(FP8)) for k, v in self.pools])
+
     def seconds(self) -> float:
         """Of one layer."""
 
@@ -155,7 +159,8 @@ class Attention:
     @property
     def moved(self) -> float:
         """Bytes that one layer must move."""
-        return 2 * 2 * len(self.rows.context_len) * self.context * KV_HEADS * HEAD + 2 * 2 * self.q.numel()
+        stored = self.pools[0][0].element_size()
+        return 2 * stored * len(self.rows.context_len) * self.context * KV_HEADS * HEAD + 2 * 2 * self.q.numel()
 
     @property
     def flops(self) -> float:
@@ -225,12 +230,14 @@ def rank(name: str, case: Attention, n: int, context: int, choices: list[tuple[T
 def time_attention(report: Report, storage: torch.Tensor) -> None:
     for batch, context in DECODE:
         case = Attention.make(batch, 1, context, storage)
-        seconds = case.seconds()
-        report.add(f"decode B={batch} context={context}", seconds, GBps=round(case.moved / seconds / 1e9))
+        for name, kind in (("decode", case), ("decode, FP8 cache,", case.in_fp8())):
+            seconds = kind.seconds()
+            report.add(f"{name} B={batch} context={context}", seconds, GBps=round(kind.moved / seconds / 1e9))
     for query, context in CHUNKS:
         case = Attention.make(1, query, context, storage)
-        seconds = case.seconds()
-        report.add(f"chunk {query} of {context}", seconds, TFLOPs=round(case.flops / seconds / 1e12))
+        for name, kind in (("chunk", case), ("chunk, FP8 cache,", case.in_fp8())):
+            seconds = kind.seconds()
+            report.add(f"{name} {query} of {context}", seconds, TFLOPs=round(case.flops / seconds / 1e12))
     for n in (2048, 8192):
         q, k, v = (torch.randn(1, h, n, HEAD, device="cuda", dtype=torch.bfloat16) for h in (HEADS, HEADS, HEADS))
         seconds = graph_seconds(
