@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def served_logits(folder: Path, ids: torch.Tensor, precision: Precision, device:
     forward = PackedForward(model, pool)
     bounds = [0, *range(tokens - DECODED, tokens + 1)]
     parts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         inputs = [RowInput(row, ids[row, start:stop].tolist(), start, tables[row]) for row in range(rows)]
         batch = LeftPaddedBatch.build(StepInput(inputs), BLOCK_SIZE, device)
         every = torch.arange(rows * (stop - start), device=device)
@@ -134,14 +135,16 @@ def drift(found: list[torch.Tensor], right: list[torch.Tensor]) -> dict[str, flo
     }
 
 
-def lines(shape: str, ids_of: tuple[int, int], device: torch.device) -> Iterator[dict[str, Any]]:
+def lines(
+    shape: str, ids_of: tuple[int, int], device: torch.device, precisions: list[Precision]
+) -> Iterator[dict[str, Any]]:
     """A line per precision."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_weights(shape, folder)
         ids = torch.randint(SHAPES[shape]().vocab_size, ids_of, generator=torch.Generator().manual_seed(1))
         right = plain_logits(folder, ids, "float32", torch.device("cpu"))
-        for precision in [*PRECISIONS, *(BITSANDBYTES if find_spec("bitsandbytes") else [])]:
+        for precision in precisions:
             try:
                 if precision.plain:
                     found = plain_logits(folder, ids, precision.dtype, device)
@@ -159,11 +162,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help=f"of each row, the last {DECODED} of them decoded")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    known = [*PRECISIONS, *(BITSANDBYTES if find_spec("bitsandbytes") else [])]
+    names = [precision.name for precision in known]
+    parser.add_argument("--only", action="append", choices=names, help="a precision; repeatable")
     options = parser.parse_args()
     if options.tokens <= DECODED:
         parser.error(f"--tokens must be above {DECODED}.")
     case = {"shape": options.shape, "rows": options.rows, "tokens": options.tokens, "device": options.device}
-    for line in lines(options.shape, (options.rows, options.tokens), torch.device(options.device)):
+    chosen = [precision for precision in known if options.only is None or precision.name in options.only]
+    for line in lines(options.shape, (options.rows, options.tokens), torch.device(options.device), chosen):
         print(json.dumps(case | line | about()), flush=True)
 
 

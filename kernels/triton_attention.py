@@ -24,7 +24,7 @@ Deterministic rows are all of one class, with one tiling and no splits: a token'
 the same instructions whether it is decoded or in a chunk of any length. Tiles of keys that it does not see add zeros.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -166,6 +166,8 @@ def paged_attention(
         call.launch_long(out, one_tiling(*sizes), 0)
         return out
     tiling = short_tiling(*sizes)
+    if k_pool.dtype == FP8 and q.element_size() == 2:
+        tiling = replace(tiling, stages=5)  # a key tile is half as large, and widening it takes time
     short_query = max(1, 16 // group)
     if rows.shortest <= short_query:
         call.launch(out, tiling, rows.context_len.shape[0], short_query, short=True)

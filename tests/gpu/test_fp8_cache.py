@@ -34,7 +34,7 @@ MIXED = [(1700, 1), (900, 300), (5, 5), (1, 1), (64, 3), (700, 700), (333, 1)]
 SIZES = [Size(4, 4), Size(ROWS, ROWS), Size(CHUNK, 4), Size(CHUNK, ROWS)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "sizes", "options"),
     [
@@ -43,6 +43,7 @@ SIZES = [Size(4, 4), Size(ROWS, ROWS), Size(CHUNK, 4), Size(CHUNK, ROWS)]
         ((4, 1), (24, 40), {}),
         ((16, 16), (192, 128), {}),
     ],
+    ids=["llama", "window", "narrow", "latent"],
 )
 def test_attention(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int], options: dict[str, Any]) -> None:
     """Guards what the compiler makes of narrow loads, in both kernels, split and not; NaN lies between the rows."""

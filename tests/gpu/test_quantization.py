@@ -18,9 +18,11 @@ from ropeway.kernels.build import build_runner
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float16")])
+@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("int8", "float16")])
 def test_replays_give_the_same_tokens(tmp_path: Path, kind: str, dtype: str) -> None:
-    """Guards capture: bitsandbytes' products must neither wait for the device nor keep what they were captured with."""
+    """Guards capture: bitsandbytes' products must neither wait for the device nor keep what they were captured with.
+
+    (Not nf4 in bf16: a step that is rounded up has more rows, whose products round otherwise.)"""
     build(FAMILIES["llama"]).save_pretrained(tmp_path)
     runner, info = build_runner(
         str(tmp_path),
@@ -38,6 +40,4 @@ def test_replays_give_the_same_tokens(tmp_path: Path, kind: str, dtype: str) -> 
     replayed = run(runner, requests(2), lambda step: None)
     runner._graphs = None
     launched = run(runner, requests(2), lambda step: None)
-    same = [replayed[row] == launched[row] for row in launched]
-    print(f"{kind} {dtype}: {sum(same)} of {len(same)} requests have the same tokens")
-    assert all(same) or (dtype != "float32" and sum(same) > 0.7 * len(same))  # 16 bits: a step's rows move last bits
+    assert replayed == launched
