@@ -177,6 +177,12 @@ class ModelRunner:
         self._last = flight
         return flight
 
+    @property
+    def mixed_sizes(self) -> list[int]:
+        """Tokens of the captured steps that are no mere decode steps, ascending: what a step is rounded up to."""
+        captured = self._graphs.captured if self._graphs is not None else {}
+        return sorted({size.tokens for size in captured if size.tokens > size.rows})
+
     def idle_work(self) -> bool:
         """Capture one more size; False if none is left."""
         return self._graphs is not None and self._graphs.add_next()

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,7 @@ from ropeway.scheduler.config import EngineConfig
 from ropeway.scheduler.engine import Engine, Runner
 from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import Heartbeat, LoadFailed, ModelInfo, Phase
+from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.processes import EngineContext, send_control
 from ropeway.scheduler.row import BuildEdit
 from ropeway.scheduler.scheduler import Scheduler
@@ -45,6 +46,8 @@ class Loaded:
     lag: Literal[0, 1]
     builders: Mapping[str, BuildEdit] = field(default_factory=dict)
     """Of rows' edits."""
+    mixed_sizes: Sequence[int] = ()
+    """Tokens of the steps with prompts and decode rows that are computed without pads, ascending."""
 
 
 Load = Callable[[EngineConfig, str, Progress], Loaded]
@@ -125,7 +128,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         stopping_criteria=sorted(registry.stopping_criteria),
     )
     lag = config.lag if config.lag is not None else (1 if on_gpu else 0)
-    return Loaded(runner, model_info, lag, builders)
+    return Loaded(runner, model_info, lag, builders, runner.mixed_sizes)
 
 
 def serve(context: EngineContext, load: Load) -> None:
@@ -169,7 +172,8 @@ def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:
         prefix_cache_scope=config.prefix_cache_scope,
     )
     pool = BlockPool(info.num_blocks, info.block_size, caching=config.enable_prefix_caching)
-    return Engine(Scheduler(limits, pool, loaded.builders), loaded.runner, loaded.lag)
+    scheduler = Scheduler(limits, pool, loaded.builders, Pace(loaded.mixed_sizes))
+    return Engine(scheduler, loaded.runner, loaded.lag)
 
 
 class Pulse:

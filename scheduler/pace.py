@@ -1,24 +1,42 @@
-"""Pace: how many prompt tokens may ride along with rows that decode, so that their tokens keep coming evenly.
+"""Pace: how many prompt tokens may ride along with rows that decode: enough to use the device, few enough that the
+tokens of the others keep coming.
 
 A step with n prompt tokens beside decoding rows takes d + m n seconds: d without them, m more for each. Both are learnt
 from the steps themselves, as exponentially weighted means, so they follow the model, the device, the number of rows and
-the length of their contexts. n is chosen so that such a step takes `STRETCH` times d: gaps between tokens stay within a
-small multiple of each other, however long the prompts are that others bring. Small chunks cost little: a step that
-decodes has to read all weights anyway.
+the length of their contexts; and so is w, the least that a whole step ever cost per prompt token.
 
-While prompt tokens hide behind that reading, m is nearly 0 and says nothing about a larger n. So m is taken as at least
-half of w, the least that a whole step ever cost per prompt token: n grows at most threefold from one step to the next.
-And as at most twice w: what is dear about a mixed step whatever its n, a missing CUDA graph for example, must not make
-n small.
+How long, T? Large chunks use the device better: what is dear about a mixed step whatever its n is paid less often, and
+who has his first token sooner makes the batch larger sooner. Nobody minds gaps of `GAP`; so T is that, but at most
+`LONGEST` d, or a small model's tokens would come in fits, and at least `SHORTEST` d, or a slow device's prompts would
+never end. n = (T - d) / m. However cheap tokens seem that hide behind the reading of the weights, n is at most T / w,
+what a step without decoding rows would hold; and however dear, m counts as at most `DEAREST` w: a mixed step that is
+slow whatever its n must not make n small.
 
-Where more rows wait for their first token than decode, as after a start or a burst, the many count as the few do: n is
-larger by their ratio. A batch would otherwise never fill: its first rows would end before its last ones began.
+How often? That depends on who waits for a first token:
+
+    many        half as many as decode: a start, or a burst. All of the step's budget: the stall is one, and shared by
+                all, and a batch that fills slowly ends slowly, its last rows alone
+    some        a chunk in every step
+    few         an eighth as many as decode, or just one. Chunks and decode steps take turns, half of the time each: one
+                long prompt after the other would take everything from those beside them, and half of it from most
+                gaps is worse than all of it from a few
+
+Graphs hold certain sizes of steps; a chunk is cut so that it ends with one, for pads cost what tokens cost.
 
 Pure arithmetic. Knows no rows and no clock: the caller measures.
 """
 
-STRETCH = 2.5
-"""A mixed step / a step that only decodes; gaps then stay below 3 times their median with some room."""
+from bisect import bisect_right
+from collections.abc import Sequence
+
+GAP = 0.025
+"""Seconds that a mixed step may take: 40 tokens per second, which is faster than anyone reads."""
+LONGEST, SHORTEST = 6.0, 2.5
+"""A mixed step / a step that only decodes, whatever `GAP` says."""
+DEAREST = 4.0
+"""A prompt token beside decoding rows / one in the cheapest step ever. Long contexts and pads are no more than this."""
+MANY, FEW = 2, 8
+"""Rows that decode for each that waits: at most so many, at least so many."""
 FLOOR = 16
 """Prompt tokens that may ride along whatever they cost: prompts end."""
 PROBE_STEPS = 32
@@ -36,7 +54,9 @@ DRIFT = 1.002
 class Pace:
     """The share of prefill in the steps of one engine. Times in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int] = ()) -> None:
+        """sizes: tokens of the steps that are computed without pads, ascending; larger steps never have pads."""
+        self._sizes = sizes
         self._decode: float | None = None
         """d"""
         self._beside: float | None = None
@@ -44,21 +64,40 @@ class Pace:
         self._whole: float | None = None
         """w"""
         self._until_probe = SOON
+        self._rest = 0.0
+        """Decode steps that have their turn before the next chunk, if few wait."""
 
     @property
     def share(self) -> int:
-        """Prompt tokens that may ride along with decoding rows in the next step: at least `FLOOR`, now and then 0."""
+        """Prompt tokens that may ride along with decoding rows in a step: at least `FLOOR`, now and then 0."""
         if not self._until_probe:
             return 0
         if self._decode is None or self._whole is None:
             return FLOOR
-        beside = self._whole if self._beside is None else self._beside
-        per_token = min(max(beside, self._whole / 2), 2 * self._whole)
-        return max(FLOOR, int((STRETCH - 1) * self._decode / per_token))
+        most = self._target(self._decode) / self._whole
+        return max(FLOOR, int(min((self._target(self._decode) - self._decode) / self._per_token(self._whole), most)))
 
-    def share_beside(self, decoding: int, waiting: int) -> int:
-        """`share`, where so many rows decode and so many wait for their first token and could have a place."""
-        return self.share * max(decoding, waiting) // max(decoding, 1)
+    def share_beside(self, decoding: int, waiting: int, budget: int) -> int:
+        """Of `budget` prompt tokens, those that may ride along in the next step.
+
+        Args:
+            decoding: rows in it that compute their newest token.
+            waiting: rows that wait for their first token and could have a place.
+        """
+        share = self.share
+        if share and 1 < waiting and decoding <= MANY * waiting:
+            return budget
+        if self._rest >= 1 and (waiting == 1 or decoding >= FEW * waiting):
+            return 0
+        return min(self._without_pads(decoding, share), budget)
+
+    def launched(self, prefill_tokens: int) -> None:
+        """A step with rows that decode was launched, and so many prompt tokens with them."""
+        if not prefill_tokens:
+            self._rest = max(self._rest - 1, 0.0)
+        elif self._decode is not None and self._whole is not None:
+            longest = self._target(self._decode) - self._decode
+            self._rest = min(prefill_tokens * self._per_token(self._whole), longest) / self._decode
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
         """A step was measured.
@@ -79,6 +118,22 @@ class Pace:
             if self._decode is not None and self._whole is not None:
                 beside = max(seconds - self._decode, 0.0) / prefill_tokens
                 self._beside = _mean(max(self._beside or 0.0, self._whole / 2), beside)
+
+    def _target(self, decode: float) -> float:
+        """T"""
+        return max(SHORTEST * decode, min(GAP, LONGEST * decode))
+
+    def _per_token(self, whole: float) -> float:
+        """m, as far as it is known and believed."""
+        return whole if self._beside is None else min(self._beside, DEAREST * whole)
+
+    def _without_pads(self, decoding: int, share: int) -> int:
+        """The share, less what would need the next larger size."""
+        place = bisect_right(self._sizes, decoding + share)
+        if not place or place == len(self._sizes):
+            return share
+        fitting = self._sizes[place - 1] - decoding
+        return fitting if fitting >= FLOOR else share
 
 
 def _mean(mean: float | None, value: float) -> float:

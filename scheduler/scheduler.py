@@ -34,12 +34,19 @@ from ropeway.scheduler.waiting import Waiting
 class Scheduler:
     """The waiting and the running rows, and the blocks between them."""
 
-    def __init__(self, limits: Limits, pool: BlockPool, builders: Mapping[str, BuildEdit] = NO_BUILDERS) -> None:
-        """builders: kind of `EditSpec` -> what makes a row's edit of it."""
+    def __init__(
+        self,
+        limits: Limits,
+        pool: BlockPool,
+        builders: Mapping[str, BuildEdit] = NO_BUILDERS,
+        pace: Pace | None = None,
+    ) -> None:
+        """builders: kind of `EditSpec` -> what makes a row's edit of it. pace: None = of a device without fixed sizes.
+        """
         self._builders = builders
         self.limits = limits
         self.pool = pool
-        self.pace = Pace()
+        self.pace = pace or Pace()
         """Whoever measures steps tells it."""
         self.waiting = Waiting()
         self.running: list[Row] = []
@@ -118,10 +125,12 @@ class Scheduler:
         for row in decoding:
             self._carry_on(row, draft)
         waiting = len(chunks) + min(len(self.waiting), len(self._free_slots))
-        draft.limit(self.pace.share_beside(len(decoding), waiting))
+        draft.limit(self.pace.share_beside(len(draft.spans), waiting, draft.tokens_left))
         for row in chunks:
             self._carry_on(row, draft)
         self._admit_waiting(draft)
+        if draft.decode_rows:
+            self.pace.launched(draft.num_tokens - draft.decode_rows)
         return draft.launch() if draft.spans else None
 
     def _carry_on(self, row: Row, draft: Draft) -> None:
