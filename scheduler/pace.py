@@ -1,27 +1,26 @@
-"""Pace: how many prompt tokens may ride along with rows that decode: enough to use the device, few enough that the
-tokens of the others keep coming.
+"""Pace: how many prompt tokens may ride along with rows that decode. Enough to use the device, few enough that the
+others' tokens keep coming.
 
 A step with n prompt tokens beside decoding rows takes d + m n seconds: d without them, m more for each. Both are learnt
 from the steps themselves, as exponentially weighted means, so they follow the model, the device, the number of rows and
 the length of their contexts; and so is w, the least that a whole step ever cost per prompt token.
 
-How long, T? Large chunks use the device better: what is dear about a mixed step whatever its n is paid less often, and
-who has his first token sooner makes the batch larger sooner. Nobody minds gaps of `GAP`; so T is that, but at most
-`LONGEST` d, or a small model's tokens would come in fits, and at least `SHORTEST` d, or a slow device's prompts would
-never end. n = (T - d) / m. However cheap tokens seem that hide behind the reading of the weights, n is at most T / w,
-what a step without decoding rows would hold; and however dear, m counts as at most `DEAREST` w: a mixed step that is
-slow whatever its n must not make n small.
+How much at once? n = (T - d) / m for a step of T seconds. Large chunks use a device better, since what is dear about a
+mixed step whatever its n comes less often, and nobody minds a gap of `GAP`. So T is that; but at most `LONGEST` d, or a
+small model's tokens would come in fits, and at least `SHORTEST` d, or a slow device would never end a prompt. While
+prompt tokens hide behind the reading of the weights m is nearly 0 and says nothing about a larger n: n is at most
+T / w, what such a step could hold by itself. And m counts as at most `DEAREST` w: a mixed step that is slow whatever
+its n, for want of a CUDA graph perhaps, must not make n small.
 
-How often? That depends on who waits for a first token:
+How often? As those who wait for their first token are, beside those who decode:
 
-    many        half as many as decode: a start, or a burst. All of the step's budget: the stall is one, and shared by
-                all, and a batch that fills slowly ends slowly, its last rows alone
-    some        a chunk in every step
-    few         an eighth as many as decode, or just one. Chunks and decode steps take turns, half of the time each: one
-                long prompt after the other would take everything from those beside them, and half of it from most
-                gaps is worse than all of it from a few
+    many    more than one, and at least 1 for each `MANY`: after a start or in a burst. They get the step's whole
+            budget. All are held up once, for a batch that fills slowly ends slowly, its last rows alone
+    some    a chunk in every step
+    few     one, or at most 1 for each `FEW`. Chunks and decode steps take turns, half of the time each: a client who
+            brings one long prompt after the other would take most of the time from all others, and from every token
 
-Graphs hold certain sizes of steps; a chunk is cut so that it ends with one, for pads cost what tokens cost.
+Where steps are rounded up to certain sizes, a chunk ends with one of them: pads cost what tokens cost.
 
 Pure arithmetic. Knows no rows and no clock: the caller measures.
 """
@@ -30,13 +29,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 GAP = 0.025
-"""Seconds that a mixed step may take: 40 tokens per second, which is faster than anyone reads."""
+"""Seconds of a mixed step: 40 tokens per second are faster than anyone reads."""
 LONGEST, SHORTEST = 6.0, 2.5
-"""A mixed step / a step that only decodes, whatever `GAP` says."""
+"""A mixed step / a step that only decodes, at most and at least."""
 DEAREST = 4.0
-"""A prompt token beside decoding rows / one in the cheapest step ever. Long contexts and pads are no more than this."""
-MANY, FEW = 2, 8
-"""Rows that decode for each that waits: at most so many, at least so many."""
+"""A prompt token beside decoding rows / one in the cheapest step; long contexts make a token no dearer than that."""
+MANY, FEW = 2, 12
+"""Rows that decode for each that waits."""
 FLOOR = 16
 """Prompt tokens that may ride along whatever they cost: prompts end."""
 PROBE_STEPS = 32
@@ -74,8 +73,9 @@ class Pace:
             return 0
         if self._decode is None or self._whole is None:
             return FLOOR
-        most = self._target(self._decode) / self._whole
-        return max(FLOOR, int(min((self._target(self._decode) - self._decode) / self._per_token(self._whole), most)))
+        longest = _longest(self._decode)
+        beside = (longest - self._decode) / self._per_token(self._whole)
+        return max(FLOOR, int(min(beside, longest / self._whole)))
 
     def share_beside(self, decoding: int, waiting: int, budget: int) -> int:
         """Of `budget` prompt tokens, those that may ride along in the next step.
@@ -85,7 +85,7 @@ class Pace:
             waiting: rows that wait for their first token and could have a place.
         """
         share = self.share
-        if share and 1 < waiting and decoding <= MANY * waiting:
+        if share and waiting > 1 and decoding <= MANY * waiting:
             return budget
         if self._rest >= 1 and (waiting == 1 or decoding >= FEW * waiting):
             return 0
@@ -96,8 +96,8 @@ class Pace:
         if not prefill_tokens:
             self._rest = max(self._rest - 1, 0.0)
         elif self._decode is not None and self._whole is not None:
-            longest = self._target(self._decode) - self._decode
-            self._rest = min(prefill_tokens * self._per_token(self._whole), longest) / self._decode
+            extra = min(prefill_tokens * self._per_token(self._whole), _longest(self._decode) - self._decode)
+            self._rest = extra / self._decode
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
         """A step was measured.
@@ -117,11 +117,7 @@ class Pace:
             self._until_probe = max(self._until_probe - 1, 0)
             if self._decode is not None and self._whole is not None:
                 beside = max(seconds - self._decode, 0.0) / prefill_tokens
-                self._beside = _mean(max(self._beside or 0.0, self._whole / 2), beside)
-
-    def _target(self, decode: float) -> float:
-        """T"""
-        return max(SHORTEST * decode, min(GAP, LONGEST * decode))
+                self._beside = _mean(max(self._beside or self._whole, self._whole / 2), beside)
 
     def _per_token(self, whole: float) -> float:
         """m, as far as it is known and believed."""
@@ -134,6 +130,11 @@ class Pace:
             return share
         fitting = self._sizes[place - 1] - decoding
         return fitting if fitting >= FLOOR else share
+
+
+def _longest(decode: float) -> float:
+    """T"""
+    return max(SHORTEST * decode, min(GAP, LONGEST * decode))
 
 
 def _mean(mean: float | None, value: float) -> float:

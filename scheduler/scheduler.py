@@ -41,8 +41,7 @@ class Scheduler:
         builders: Mapping[str, BuildEdit] = NO_BUILDERS,
         pace: Pace | None = None,
     ) -> None:
-        """builders: kind of `EditSpec` -> what makes a row's edit of it. pace: None = of a device without fixed sizes.
-        """
+        """builders: kind of `EditSpec` -> what makes a row's edit of it."""
         self._builders = builders
         self.limits = limits
         self.pool = pool

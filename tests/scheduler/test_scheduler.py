@@ -311,9 +311,10 @@ def test_a_resumed_row_that_had_ended_just_ends(output_ids: list[int], reason: s
 
 
 class FixedPace(Pace):
-    """Lets so many prompt tokens ride along, per waiting row where more rows wait than decode."""
+    """Lets so many prompt tokens ride along, whoever waits."""
 
-    share = 20
+    def share_beside(self, decoding: int, waiting: int, budget: int) -> int:
+        return min(40, budget)
 
 
 def test_a_long_prompt_rides_along_in_small_pieces() -> None:
