@@ -182,7 +182,7 @@ def test_short_prompts_that_come_one_by_one_are_not_held_up() -> None:
 
 def test_a_chunk_ends_where_a_captured_size_does() -> None:
     """Guards against pads: 530 tokens took a step of 640."""
-    pace = Pace([128, 512, 640, 1024, 1280])
+    pace = Pace([128, 512, 640, 1024, 1280, 2048])
     pace.observe(0, 8000, TOKEN * 8000)
     pace.observe(48, 0, DECODE)
     share = pace.share
@@ -190,7 +190,7 @@ def test_a_chunk_ends_where_a_captured_size_does() -> None:
     assert pace.share_beside(30, 5, BUDGET) == 640 - 30
     assert pace.share_beside(60, 8, BUDGET) == 1024 - 60
     assert pace.share_beside(310, 60, BUDGET) == 1280 - 310
-    assert pace.share_beside(400, 60, BUDGET) == share, "larger steps have no pads"
+    assert pace.share_beside(1200, 180, BUDGET) == share, "larger steps have no pads"
     assert pace.share_beside(60, 8, 100) == 100
 
 
