@@ -54,6 +54,11 @@ class _Clock:
         """Seconds between the end of the step before and the beginning of this one, both done."""
         return max(0.0, before.events[1].elapsed_time(self.events[0]) / 1000) if self.events else 0.0
 
+    @property
+    def seconds(self) -> float:
+        """From the beginning of the forward to the end of the sampler, both done; 0 on a CPU."""
+        return self.events[0].elapsed_time(self.events[1]) / 1000 if self.events else 0.0
+
 
 @dataclass(slots=True)
 class Flight:
@@ -86,6 +91,7 @@ class Flight:
             host_gap_seconds=0.0 if self.before is None else self.clock.idle_since(self.before),
             errors=self.sampled.errors,
             scored={} if self.scored is None else self.scored[0].tokens(self.scored[1]),
+            seconds=self.clock.seconds,
         )
 
     def _logprobs(self) -> dict[int, TokenLogprobs]:

@@ -128,3 +128,5 @@ class StepOutput:
     host_gap_seconds: float = 0.0
     """How long the device stood idle between the end of the step before and the start of this one; 0 if that step had
     been read before this one was launched."""
+    seconds: float = 0.0
+    """How long the device computed it; 0 = it has no clock, and whoever waits must measure."""

@@ -114,8 +114,9 @@ class Engine:
         plan, flight, launched = self._unread.popleft()
         output = flight.read()
         end = self._clock()
-        # Steps compute one after the other: it began when it was launched, or when the one before it was done.
-        seconds = end - max(launched, self._last_end)
+        # Steps compute one after the other: it began when it was launched, or when the one before it was done. But a
+        # host that compiles a kernel comes too late to see either end, so the device's own clock comes first.
+        seconds = output.seconds or end - max(launched, self._last_end)
         self._last_end = end
         self.scheduler.pace.observe(plan.decode_rows, plan.num_tokens - plan.decode_rows, seconds)
         self.scheduler.update(plan, output, now + end - begin)

@@ -17,8 +17,8 @@ How often? As those who wait for their first token are, beside those who decode:
     many    more than one, and at least 1 for each `MANY`: after a start or in a burst. They get the step's whole
             budget. All are held up once, for a batch that fills slowly ends slowly, its last rows alone
     some    a chunk in every step
-    few     one, or at most 1 for each `FEW`. Chunks and decode steps take turns, half of the time each: a client who
-            brings one long prompt after the other would take most of the time from all others, and from every token
+    few     one, or at most 1 for each `FEW`. Chunks take turns with decode steps, which get `TURN` times as long: a
+            client who brings one long prompt after the other would take most of the time from all others, in every gap
 
 Where steps are rounded up to certain sizes, a chunk ends with one of them: pads cost what tokens cost.
 
@@ -36,8 +36,12 @@ DEAREST = 4.0
 """A prompt token beside decoding rows / one in the cheapest step; long contexts make a token no dearer than that."""
 MANY, FEW = 2, 12
 """Rows that decode for each that waits."""
+TURN = 1.5
+"""Seconds of decode steps after each second that a chunk took, while few wait."""
 FLOOR = 16
 """Prompt tokens that may ride along whatever they cost: prompts end."""
+LARGE = 2
+"""A step of at least so many times the largest size is worth the launch of its kernels one by one."""
 PROBE_STEPS = 32
 """Mixed steps after which none ride along in one, so that d is known while prompts never stop coming."""
 SOON = 4
@@ -54,8 +58,8 @@ class Pace:
     """The share of prefill in the steps of one engine. Times in seconds."""
 
     def __init__(self, sizes: Sequence[int] = ()) -> None:
-        """sizes: tokens of the steps that are computed without pads, ascending; larger steps never have pads."""
-        self._sizes = sizes
+        """sizes: tokens of the steps that are computed without pads, ascending; larger steps have none, nor a graph."""
+        self.sizes = sizes
         self._decode: float | None = None
         """d"""
         self._beside: float | None = None
@@ -97,7 +101,7 @@ class Pace:
             self._rest = max(self._rest - 1, 0.0)
         elif self._decode is not None and self._whole is not None:
             extra = min(prefill_tokens * self._per_token(self._whole), _longest(self._decode) - self._decode)
-            self._rest = extra / self._decode
+            self._rest = TURN * extra / self._decode
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
         """A step was measured.
@@ -125,10 +129,10 @@ class Pace:
 
     def _without_pads(self, decoding: int, share: int) -> int:
         """The share, less what would need the next larger size."""
-        place = bisect_right(self._sizes, decoding + share)
-        if not place or place == len(self._sizes):
+        place = bisect_right(self.sizes, decoding + share)
+        if not place or decoding + share >= LARGE * self.sizes[-1]:
             return share
-        fitting = self._sizes[place - 1] - decoding
+        fitting = self.sizes[place - 1] - decoding
         return fitting if fitting >= FLOOR else share
 
 

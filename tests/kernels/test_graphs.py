@@ -84,6 +84,7 @@ def test_pads_count_as_computed() -> None:
 
     rounded.launch = spy  # type: ignore[method-assign]
     run(rounded, requests(3), lambda step: None)
+    assert (rounded.mixed_sizes, graph_runner(None).mixed_sizes) == ([16], [])
     assert {slots for tokens, rows, slots in seen if tokens == rows <= 4} == {4}
     assert {slots for tokens, rows, slots in seen if rows < tokens <= 16} == {16}
     assert all(tokens == slots for tokens, rows, slots in seen if tokens > 16)

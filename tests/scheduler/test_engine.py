@@ -1,6 +1,6 @@
 """Whatever arrives whenever, in whatever memory: every choice gets the tokens that it would get alone. And the loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
@@ -91,6 +91,22 @@ def test_with_lag_a_step_is_launched_before_the_last_is_read(lag: Literal[0, 1],
     assert tape.events == events.split()
     assert [output.token_ids for output in received] == [[5], [5], [5]]
     assert received[-1].finish_reason == "length"
+
+
+def test_the_pace_learns_from_the_devices_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the share of prefill: while a launch compiled a kernel the device went ahead, so a step of 8,192 tokens
+    seemed to have taken nothing, and from then on every mixed step was filled to the brim."""
+    engine, _ = small_engine(1)
+    seen: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(engine.scheduler.pace, "observe", lambda *measured: seen.append(measured))
+    times = iter([0.004, 0.002, 0.0])
+    read = TapeFlight.read
+    monkeypatch.setattr(TapeFlight, "read", lambda flight: replace(read(flight), seconds=next(times)))
+    engine.add(0, request(1, [1, 2, 3], max_tokens=3))
+    while engine.has_work:
+        engine.step(0.0)
+    assert seen[:2] == [(0, 3, 0.004), (1, 0, 0.002)]
+    assert seen[2][:2] == (1, 0) and 0 < seen[2][2] < 60, "measured here: that device has no clock"
 
 
 def test_an_engine_with_only_a_dead_rows_step_in_flight_reads_it() -> None:
