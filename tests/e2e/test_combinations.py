@@ -15,7 +15,7 @@ import httpx
 import jsonschema
 import pytest
 from harness import RunningServer
-from openai_app import check
+from openai_app import check, check_documents
 from pairs import Pair, every_pair, rows
 from wire import events
 
@@ -142,10 +142,11 @@ def body(features: Features, row: Mapping[str, str]) -> dict[str, Any]:
 def streamed(answer: httpx.Response) -> dict[int, dict[str, Any]]:
     """Index -> what a stream's pieces say together."""
     told: dict[int, dict[str, Any]] = {}
-    for document in events(answer.content):
-        assert "error" not in document, document
-        if document["object"] == "chat.completion.chunk":
-            check(document, "CreateChatCompletionStreamResponse")
+    documents = events(answer.content)
+    assert "error" not in documents[-1], documents[-1]
+    chat = documents[0]["object"] == "chat.completion.chunk"
+    check_documents(documents, "CreateChatCompletionStreamResponse" if chat else "CreateCompletionResponse")
+    for document in documents:
         for choice in document["choices"]:
             one = told.setdefault(choice["index"], {"text": "", "thoughts": "", "calls": [], "logprobs": 0})
             delta = choice.get("delta", choice)

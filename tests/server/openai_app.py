@@ -104,7 +104,11 @@ def check(document: Any, schema: str) -> Any:
 
 def check_stream(wire: Wire, schema: str) -> list[Any]:
     """The documents of a stream, each of which the referee accepts; same id, created and model in all of them."""
-    documents = events(wire.body)
+    return check_documents(events(wire.body), schema)
+
+
+def check_documents(documents: list[Any], schema: str) -> list[Any]:
+    """The same of documents that were read already."""
     for document in documents:
         shown = document
         if schema == "CreateCompletionResponse":  # it describes whole answers: a piece has no reason and no usage yet
