@@ -101,6 +101,7 @@ def test_a_cold_start_learns_by_itself(cost: Cost) -> None:
 def test_small_chunks_say_nothing_about_large_ones() -> None:
     """Guards against a stall: a thousand chunks that cost nothing visible, then a long prompt."""
     pace = Pace()
+    pace.observe(0, 8000, TOKEN * 8000)
     drive(pace, hidden, 1000, most=60)
     assert hidden(pace.share) < 1.3 * GAP
 
