@@ -17,10 +17,10 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from ropeway.scheduler.closing import Closing, NoEnd
 from ropeway.scheduler.grammar import COMPILE_SECONDS, GRAMMAR, Grammars, InvalidGrammar
-from ropeway.scheduler.grammar_library import NAMED_GRAMMARS, UNKNOWN_GRAMMARS
 from ropeway.scheduler.messages import EditSpec
 from ropeway.server.errors import invalid
 from ropeway.server.lark import Marker, atom, literal, up_to
+from ropeway.server.named_grammars import NAMED_GRAMMARS, named_grammar
 from ropeway.server.output_parser import OutputFormat
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.tokenizer import TextTokenizer
@@ -145,13 +145,10 @@ def _choice(param: str, value: Any, whitespace: str) -> Grammar:
 def _grammar(param: str, value: Any, whitespace: str) -> Grammar:
     if not isinstance(value, str) or not value.strip():
         raise invalid(f"{param} must hold a grammar: Lark or EBNF, or one of {', '.join(NAMED_GRAMMARS)}.", param)
-    if value in UNKNOWN_GRAMMARS:
-        message = f"There is no built-in grammar for {value} yet, only {', '.join(NAMED_GRAMMARS)}: give its Lark text."
-        raise invalid(message, param, "unsupported_parameter")
     if value == "json":
         return json_grammar("answer", True, whitespace)
     if value in NAMED_GRAMMARS:
-        return {"name": "answer", "lark_grammar": NAMED_GRAMMARS[value]}
+        return {"name": "answer", "lark_grammar": named_grammar(value)}
     if "::=" in value:
         try:
             value = gbnf_to_lark(value)
