@@ -11,7 +11,7 @@ import pytest
 from harness import RunningServer
 from openai_app import check
 from pairs import rows
-from test_combinations import CITY, LEFT_NOTHING, NOTHING, REFUSED, SAMPLING, Features, body, fields_of
+from test_combinations import CITY, HARD, NOTHING, SAMPLING, Features, body, fields_of
 
 COMMON: Features = {name: values for name, values in SAMPLING.items() if name not in ("n", "ids", "usage")} | {
     "mode": {"greedy": {"do_sample": False}, "seeded": {"do_sample": True, "seed": 7}},
@@ -135,7 +135,7 @@ PROTOCOLS = [
 def test_pairs(server: RunningServer, protocol: Protocol) -> None:
     """Guards every two features in one request, also where another protocol's names carry them."""
     features = {name: list(values) for name, values in (COMMON | protocol.features).items()}
-    table = list(rows(features, LEFT_NOTHING | REFUSED.keys()))
+    table = list(rows(features, HARD))
 
     def one(row: dict[str, str]) -> str | None:
         asked = protocol.body(row)
