@@ -98,11 +98,12 @@ def test_a_cold_start_learns_by_itself(cost: Cost) -> None:
     assert seen[-1][1] > 0.8 * GAP and max(seconds for _, seconds in seen) < 1.3 * GAP
 
 
-def test_small_chunks_say_nothing_about_large_ones() -> None:
-    """Guards against a stall: a thousand chunks that cost nothing visible, then a long prompt."""
+@pytest.mark.parametrize("chunks", [40, 1000])
+def test_small_chunks_say_nothing_about_large_ones(chunks: int) -> None:
+    """Guards against a stall: chunks that cost nothing visible, then a long prompt."""
     pace = Pace()
     pace.observe(0, 8000, TOKEN * 8000)
-    drive(pace, hidden, 1000, most=60)
+    drive(pace, hidden, chunks, most=60)
     assert hidden(pace.share) < 1.3 * GAP
 
 
