@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 from ropeway.kernels.fp8 import fp8_linear, round_to_fp8
 from ropeway.kernels.linear import linear
 from ropeway.kernels.triton_linear import round_rows
+from ropeway.kernels.triton_matmul import steady_linear
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128_256, 4096), (1024, 2048), (1024, 3072)]
@@ -84,3 +85,22 @@ def test_fp8(n: int, k: int) -> None:
         assert ((out - expected).norm(dim=1) / expected.norm(dim=1)).max() < 4e-3
         out, plain = fp8_linear(x, weight, scale, bias).double(), expected + bias
         assert ((out - plain).norm(dim=1) / plain.norm(dim=1)).max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_steady_bits(dtype: torch.dtype) -> None:
+    """Guards what `triton_matmul.py` takes for granted of the matrix unit: each tile, for each number of rows and any
+    place among them, gives an output the same bits. cuBLAS, and the products of few rows, do not."""
+    torch.manual_seed(2)
+    others = 0
+    for n, k in [(28672, 1024), (4096, 4096), (1024, 3072), (1000, 1008)]:
+        weight = torch.randn(n, k, device="cuda", dtype=dtype)
+        bias = torch.randn(n, device="cuda", dtype=dtype) * 10
+        x = torch.randn(1300, k, device="cuda", dtype=dtype)
+        whole = steady_linear(x, weight, bias)
+        assert relative_error(whole, x, weight, bias) < (4e-3 if dtype.itemsize == 2 else 1e-5)
+        for rows in (1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257):
+            part = x[7 : 7 + rows]
+            assert torch.equal(steady_linear(part, weight, bias), whole[7 : 7 + rows]), f"{n} x {k}, {rows} rows"
+            others += int((linear(part, weight, bias) != whole[7 : 7 + rows]).sum())
+    assert others
