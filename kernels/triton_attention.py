@@ -20,6 +20,8 @@ What a token's result depends on: key tiles begin at absolute multiples of BLOCK
 follow from head sizes and dtype alone. The class follows from the row's own query_len. Only how many tiles a split
 has follows from the batch.
 
+On Hopper GPUs `hopper_attention.py` takes the long rows of most steps that have many tokens of them.
+
 Deterministic rows are all of one class, with one tiling and no splits: a token's keys are reduced in the same tiles by
 the same instructions whether it is decoded or in a chunk of any length. Tiles of keys that it does not see add zeros.
 """
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ropeway.kernels import hopper_attention
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.fp8 import FP8
 from ropeway.kernels.triton_attention_kernels import attend, merge
@@ -60,6 +63,10 @@ class RaggedRows:
     """A token's result has the same bits in any batch that holds its row, and in chunks of any length."""
     _plans: dict[tuple[int, ...], Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Made by the first layer of a kind, for those after it."""
+    _tiles: dict[tuple[int, ...], hopper_attention.Tiles] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Likewise."""
 
     @classmethod
     def of(cls, batch: LeftPaddedBatch, deterministic: bool = False) -> "RaggedRows":
@@ -80,6 +87,23 @@ class RaggedRows:
                 window=window,
             )
         return self._plans[kind]
+
+    def tiles(
+        self, tokens: int, short_query: int, block_q: int, block_n: int, window: int | None
+    ) -> hopper_attention.Tiles:
+        """The tiles of the long rows, in the order in which the kernels of `hopper_attention.py` take them."""
+        kind = (short_query, block_q, block_n, window or 0)
+        if kind not in self._tiles:
+            self._tiles[kind] = hopper_attention.make_tiles(
+                self.row_start,
+                self.context_len,
+                tokens=tokens,
+                short_query=short_query,
+                block_q=block_q,
+                block_n=block_n,
+                window=window,
+            )
+        return self._tiles[kind]
 
 
 @dataclass(slots=True, frozen=True)
@@ -169,9 +193,12 @@ def paged_attention(
     if k_pool.dtype == FP8 and q.element_size() == 2:
         tiling = replace(tiling, stages=5)  # a key tile is half as large, and widening it takes time
     short_query = max(1, 16 // group)
-    if rows.shortest <= short_query:
+    mixed = rows.shortest <= short_query
+    if mixed:
         call.launch(out, tiling, rows.context_len.shape[0], short_query, short=True)
-    if rows.longest > short_query:
+    if rows.longest > short_query and hopper_attention.fits(q, k_pool, v_pool, rows.context_len.shape[0], mixed=mixed):
+        call.launch_on_hopper(out, short_query)
+    elif rows.longest > short_query:
         call.launch_long(out, long_tiling(*sizes), short_query)
     return out
 
@@ -252,6 +279,21 @@ class _Call:
         if splits > 1:
             programs //= splits
             merge[(programs, tiling.block_m)](out, partial, stats, sinks, *where, **sizes, SPLITS=splits, num_warps=2)
+
+    def launch_on_hopper(self, out: torch.Tensor, short_query: int) -> None:
+        """Attend for the long rows, writing their tokens of `out` [N,Hq,Dv]."""
+        kv_heads, head = self.k_pool.shape[2:]
+        block_q = hopper_attention.PAIRS // (self.q.shape[1] // kv_heads)
+        block_n = hopper_attention.key_tile(head, out.shape[2])
+        hopper_attention.attend(
+            *(self.q, self.k_pool, self.v_pool, out),
+            self.rows.tiles(self.q.shape[0], short_query, block_q, block_n, self.sliding_window),
+            self.rows.block_table,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+        )
 
 
 def _parts(plan: Plan | None, rows: RaggedRows) -> tuple[torch.Tensor, ...]:
