@@ -34,16 +34,16 @@ MIXED = [(1700, 1), (900, 300), (5, 5), (1, 1), (64, 3), (700, 700), (333, 1)]
 SIZES = [Size(4, 4), Size(ROWS, ROWS), Size(CHUNK, 4), Size(CHUNK, ROWS)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("heads", "sizes", "options"),
+    ("dtype", "heads", "sizes", "options"),
     [
-        ((32, 8), (128, 128), {}),
-        ((32, 8), (128, 128), {"sliding_window": 100, "softcap": 20.0}),
-        ((4, 1), (24, 40), {}),
-        ((16, 16), (192, 128), {}),
+        (torch.bfloat16, (32, 8), (128, 128), {}),
+        (torch.bfloat16, (32, 8), (128, 128), {"sliding_window": 100, "softcap": 20.0}),
+        (torch.bfloat16, (16, 16), (192, 128), {}),
+        (torch.float16, (4, 1), (24, 40), {}),
+        (torch.float32, (32, 8), (128, 128), {}),
     ],
-    ids=["llama", "window", "narrow", "latent"],
+    ids=["llama", "window", "latent", "fp16", "fp32"],
 )
 def test_attention(dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int], options: dict[str, Any]) -> None:
     """Guards what the compiler makes of narrow loads, in both kernels, split and not; NaN lies between the rows."""

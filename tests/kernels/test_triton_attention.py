@@ -193,13 +193,14 @@ def dot_in_order(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> TensorHandle:
     return TensorHandle((a.data[:, :, None] * b.data[None]).sum(1) + d.data, d.dtype.scalar)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 21, "softcap": 2.0}], ids=["", "window+softcap"])
-def test_deterministic_bits(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_bits(options: dict[str, Any], fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the tiles of keys: decoded or in chunks of any length, a token's sums have one order. The way that cuts
     keys by what else there is has another, so this can fail."""
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)
     monkeypatch.setattr(triton_attention, "WANTED_PROGRAMS", 48)
-    case = make_ragged([(50, 50)], heads=(2, 1), head_sizes=(16, 16), seed=10, device=DEVICE)
+    case = make_ragged([(50, 50)], heads=(2, 1), head_sizes=(16, 16), seed=10, device=DEVICE, fp8=fp8)
     expected = in_pieces(case, 50, True, **options)
     for size in (1, 17):
         assert torch.equal(in_pieces(case, size, True, **options), expected)
