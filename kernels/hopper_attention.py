@@ -28,13 +28,17 @@ from ropeway.kernels.triton_attention_plan import first_key
 from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
 
 try:
+    import triton
     import triton.language as tl
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from ropeway.kernels.hopper_attention_kernels import attend_tiles
-except (ImportError, AttributeError):  # Gluon is young: before Triton 3.6, and some day after 3.9, it is another
-    tl = attend_tiles = None
+except (ImportError, AttributeError):
+    triton = tl = attend_tiles = None
+
+KNOWN_TRITON = (3, 6), (3, 9)
+"""First and last version whose Gluon compiles these kernels. It is young: others may import and then not compile."""
 
 PAIRS = 128
 """Of a token and a query head, per tile."""
@@ -60,6 +64,12 @@ def key_tile(head: int, head_v: int) -> int:
     return 128 if max(head, head_v) <= 128 else 64
 
 
+@cache
+def known(version: str) -> bool:
+    """Whether the Gluon of this version of Triton, such as "3.6.0", is one that these kernels were compiled with."""
+    return KNOWN_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= KNOWN_TRITON[1]
+
+
 def fits(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, rows: int, *, mixed: bool) -> bool:
     """Whether these kernels take the long rows of a step of so many rows, where `mixed` beside short ones.
 
@@ -70,6 +80,7 @@ def fits(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, rows: int,
     block_q = PAIRS // (heads // kv_heads)
     return (
         attend_tiles is not None
+        and known(triton.__version__)
         and _is_hopper(q.device)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.dtype == k_pool.dtype == v_pool.dtype

@@ -1,12 +1,14 @@
 """The list of tiles on which the Hopper kernels work; tests/gpu has the kernels, which no interpreter runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from ropeway.kernels import hopper_attention
-from ropeway.kernels.hopper_attention import fits, make_tiles
+from ropeway.kernels.hopper_attention import fits, known, make_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [(50, 1), (900, 69), (30, 30), (7, 1), (1299, 299), (60, 5), (64, 64), (4, 4), *[(90, 1)] * 150, (700, 33)]
@@ -57,6 +59,7 @@ def test_elsewhere_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards other devices, dtypes, sizes and short steps, which the kernels do not take."""
     monkeypatch.setattr(hopper_attention, "attend_tiles", object())
     monkeypatch.setattr(hopper_attention, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper_attention, "triton", SimpleNamespace(__version__="3.6.0"))
 
     def taken(
         tokens: int = 512,
@@ -80,5 +83,15 @@ def test_elsewhere_they_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dtype": torch.float32},
     ]
     assert not any(taken(**options) for options in refused)  # type: ignore[arg-type]
+    with monkeypatch.context() as other:
+        other.setattr(hopper_attention, "triton", SimpleNamespace(__version__="3.10.0"))
+        assert not taken()
     monkeypatch.setattr(hopper_attention, "_is_hopper", lambda device: False)
     assert not taken()
+
+
+def test_versions_of_triton() -> None:
+    """Guards newer ones, where the kernels might be imported and then not compile, and numbers compared as text."""
+    assert [known(version) for version in ("3.5.1", "3.6.0", "3.9.1+git", "3.10.0", "4.0")] == [
+        *(False, True, True, False, False)
+    ]
