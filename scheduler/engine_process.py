@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -70,6 +71,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
     from ropeway.scheduler.grammar_edit import GrammarBuilder
     from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
     from ropeway.scheduler.text_export import export_text
+    from ropeway.scheduler.thinking_budget import THINKING_BUDGET, ThinkingBudgetBuilder
 
     registry = Registry.installed()
 
@@ -99,6 +101,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
     tokenizer = export_text(config, text_dir)
     builders: dict[str, BuildEdit] = {
         GRAMMAR: GrammarBuilder(Grammars(tokenizer.backend_tokenizer.to_str, info.vocab_size)),
+        THINKING_BUDGET: ThinkingBudgetBuilder(partial(tokenizer.decode, skip_special_tokens=False)),
         PROCESSORS: ProcessorBuilder(registry, tokenizer, info.vocab_size, info.device),
     }
     on_gpu = info.device.startswith("cuda")

@@ -42,6 +42,8 @@ class ChatFields(SamplingFields):
     tool_choice: Any = Field(default=None, description="none, auto, required, or an object that names a tool")
     parallel_tool_calls: bool | None = Field(default=None, description="true or false")
     reasoning_effort: Effort | None = Field(default=None, description=f"one of {', '.join(get_args(Effort))}")
+    thinking_budget: int | None = Field(default=None, description="an integer of at least 0", ge=0)
+    thinking_token_budget: int | None = Field(default=None, description="an integer of at least 0", ge=0)
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description=f"an object of at most {MAX_VARIABLES} variables", max_length=MAX_VARIABLES
     )
@@ -88,6 +90,7 @@ class ChatFields(SamplingFields):
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message or False,
             reasoning_effort=self.reasoning_effort,
+            thinking_budget=self.thinking_token_budget if self.thinking_budget is None else self.thinking_budget,
             template_kwargs=self.chat_template_kwargs,
             skip_special_tokens=self.skip_special_tokens is not False,
         )

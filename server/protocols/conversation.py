@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ropeway.scheduler.messages import EditSpec
+from ropeway.scheduler.thinking_budget import THINKING_BUDGET
 from ropeway.server.chat_template import ChatTemplate, missing_template
 from ropeway.server.errors import invalid
 from ropeway.server.output_parser import OutputFormat
@@ -17,7 +18,7 @@ from ropeway.server.reasoning import Effort, template_variables
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.structured import closes, forced_calls, grammar_edit, read_structure
-from ropeway.server.tokenizer import INLINE_CHARS
+from ropeway.server.tokenizer import INLINE_CHARS, TextTokenizer
 from ropeway.server.tool_choice import ToolChoice
 
 INLINE_MESSAGES = 10
@@ -35,6 +36,8 @@ class Conversation:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     reasoning_effort: Effort | None = None
+    thinking_budget: int | None = None
+    """Tokens after which thoughts are ended."""
     template_kwargs: dict[str, Any] | None = None
     skip_special_tokens: bool = True
 
@@ -61,6 +64,8 @@ async def encode_conversation(services: Services, talk: Conversation) -> Prompt:
     variables, ignored = template_variables(
         talk.reasoning_effort, talk.template_kwargs, template.variables, reasons=reasons
     )
+    if talk.thinking_budget is not None and not reasons:
+        ignored.append("thinking_budget")
     if ignored and settings.strict:
         message = f"{ignored[0]} changes nothing: this model's chat template does not know it."
         raise invalid(message, ignored[0].partition(".")[0], "unsupported_parameter")
@@ -88,17 +93,29 @@ async def conversation_edits(
 ) -> list[EditSpec]:
     """What makes the engine keep to the formats that a request asks of its answer. Raises: ApiError 400."""
     structure, output, choice = read_structure(fields), prompt.output, talk.tool_choice
+    budget = budget_edits(services.tokenizer, output, talk.thinking_budget)
     close_within = max_tokens if closes(fields, structure is not None or choice.mode == "required") else None
     if choice.mode == "required":
         structures = [forced_calls(output, choice.names, output.parallel and not choice.named)]
         if structure is not None:
             fields.ignore([structure.param])
     elif structure is None:
-        return []
+        return budget
     else:  # calls are answers as well
         calls = [forced_calls(output, list(output.schemas), output.parallel)] if output.tools else []
         structures = [*calls, structure]
-    return [await grammar_edit(services.grammars, services.tokenizer, structures, output, close_within)]
+    # The budget comes first: the grammar then looks at what it leaves.
+    return [*budget, await grammar_edit(services.grammars, services.tokenizer, structures, output, close_within)]
+
+
+def budget_edits(tokenizer: TextTokenizer, output: OutputFormat, budget: int | None) -> list[EditSpec]:
+    """What makes the engine end thoughts after so many tokens."""
+    if budget is None or output.reasoning is None:
+        return []
+    shape = output.reasoning
+    open_ids, close_ids = (tokenizer.backend.encode(text, add_special_tokens=False).ids for text in shape.markers)
+    args = {"budget": budget, "thinking": output.thinking, "open": shape.open, "close": shape.close}
+    return [EditSpec(THINKING_BUDGET, args | {"open_ids": open_ids, "close_ids": close_ids})]
 
 
 def _render(template: ChatTemplate, talk: Conversation, variables: dict[str, Any]) -> list[str]:

@@ -50,9 +50,15 @@ class MessagesFields(SamplingFields):
         kind = self.thinking.get("type") if self.thinking else None
         if self.thinking is not None and kind not in ("enabled", "disabled", "adaptive"):
             raise invalid("thinking.type must be enabled, adaptive or disabled.", "thinking")
-        if self.thinking and "budget_tokens" in self.thinking:
-            self.ignore(["thinking.budget_tokens"])
         return None if kind in (None, "adaptive") else "none" if kind == "disabled" else "high"
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens after which thoughts are ended. Raises: ApiError 400."""
+        budget = (self.thinking or {}).get("budget_tokens")
+        if budget is not None and (type(budget) is not int or budget < 0):
+            raise invalid("thinking.budget_tokens must be an integer of at least 0.", "thinking")
+        return budget
 
     def _choice(self, names: list[str]) -> ToolChoice:
         """What `tool_choice` means. Raises: ApiError 400."""
@@ -79,6 +85,7 @@ class MessagesFields(SamplingFields):
             parallel_tool_calls=not (self.tool_choice or {}).get("disable_parallel_tool_use"),
             continue_final_message=messages[-1]["role"] == "assistant",
             reasoning_effort=self.effort,
+            thinking_budget=self.budget,
         )
 
 
@@ -99,7 +106,7 @@ def create_router(services: Services) -> APIRouter:
         fields = read_fields(services, MessagesFields, body)
         if fields.max_tokens is None:
             raise invalid("max_tokens is required.", "max_tokens", "missing_required_parameter")
-        renamed = {"reasoning_effort": "thinking"}
+        renamed = {"reasoning_effort": "thinking", "thinking_budget": "thinking.budget_tokens"}
         generation, reader = await converse(services, request, fields, fields.conversation(), renamed, "messages")
         frames = Frames(services.model_name, generation.usage, reader)
         headers = answer_headers(fields, [])

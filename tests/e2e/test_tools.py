@@ -138,3 +138,22 @@ def test_nothing_failed(server: RunningServer) -> None:
     before = server.metric("ropeway_tool_parse_failures_total")
     ask(server.openai(), TWO, tools=TOOLS)
     assert server.metric("ropeway_tool_parse_failures_total") == before
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_thinking_budget(server: RunningServer, budget: int) -> None:
+    """Guards the budget on every route: thoughts are cut, the answer follows, and usage counts what there was."""
+    messages = [{"role": "user", "content": "What is 23 + 45?"}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60, "thinking_budget": budget}
+    answer = server.post("/v1/chat/completions", **body, reasoning_effort="high").json()
+    message, usage = answer["choices"][0]["message"], answer["usage"]
+    thoughts = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert message["content"] and "<think>" not in message["content"]
+    assert thoughts == budget + 2  # the markers
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x", "y"]}}}
+    answer = server.post("/v1/chat/completions", **body, reasoning_effort="high", response_format=schema).json()
+    assert answer["choices"][0]["message"]["content"] in ('"x"', '"y"')
+    thinking = {"type": "enabled", "budget_tokens": budget}
+    body = {"messages": messages, "temperature": 0, "max_tokens": 60, "model": "", "thinking": thinking}
+    blocks = server.post("/v1/messages", **body).json()["content"]
+    assert [block["type"] for block in blocks] == ["thinking", "text"][budget < 5 :] and blocks[-1]["text"]
