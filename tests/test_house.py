@@ -50,9 +50,12 @@ def test_api_code_never_loads_torch(module: str) -> None:
 
 
 def test_kernels_import_without_cuda_or_triton() -> None:
-    """Guards machines without a GPU: every module of the tensor floor must import."""
-    modules = [f"ropeway.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
-    assert modules
+    """Guards machines without a GPU: every module of the tensor floor must import, but for device code in Gluon, which
+    is Triton's own and which `hopper_attention.py` imports where it can."""
+    device_code = {"hopper_attention_kernels", "hopper_attention_walk"}
+    stems = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    assert device_code < stems
+    modules = [f"ropeway.kernels.{stem}" for stem in sorted(stems - device_code)]
     code = "import importlib, sys; sys.modules['triton'] = None\nfor m in sys.argv[1:]: importlib.import_module(m)"
     assert subprocess.run([sys.executable, "-c", code, *modules], check=False).returncode == 0
 
