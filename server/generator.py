@@ -5,7 +5,6 @@ Knows the engine client, the detokenizer and stop strings. Knows no protocol, no
 """
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,13 +12,13 @@ from typing import Literal, Protocol
 import msgspec
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.step import TokenLogprobs
 from ropeway.scheduler.client import EngineError, NotReady, Quarantined
 from ropeway.scheduler.messages import EditSpec, RowOutput
 from ropeway.server.detokenizer import Detokenizer
 from ropeway.server.errors import ApiError, invalid
-from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
+from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.stop_strings import StopAutomaton, StopMatcher
+from ropeway.server.token_positions import Positions, PromptPositions
 from ropeway.server.tokenizer import TextTokenizer
 
 Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejected"]
@@ -27,8 +26,6 @@ Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejecte
 OUTCOMES: dict[int, Outcome] = {400: "rejected", 504: "timeout"}
 """Of failures, by status; any other is an error."""
 OUT_OF_TIME = "max_time"
-LOWEST_LOGPROB = -9999.0
-"""Stands for -inf, which JSON cannot say."""
 RETRY_S = "5"
 
 
@@ -84,7 +81,10 @@ class Usage:
 class _Choice:
     """One row's text: what was generated, what of it may go out, how it ended."""
 
-    __slots__ = ("_detokenizer", "_matcher", "_request", "_tokenizer", "_tokens", "finished", "index", "length")
+    __slots__ = (
+        *("_detokenizer", "_matcher", "_positions", "_request", "_tokenizer", "_tokens"),
+        *("finished", "index", "length"),
+    )
 
     def __init__(
         self, index: int, request: GenerationRequest, tokenizer: TextTokenizer, automaton: StopAutomaton | None
@@ -96,6 +96,7 @@ class _Choice:
             tokenizer, request.prompt_ids, request.skip_special_tokens, request.kept_special_ids
         )
         self._matcher = StopMatcher(automaton, request.include_stop_str_in_output) if automaton else None
+        self._positions = Positions(request, tokenizer)
         self._tokens = 0
         self.length = 0
         """Characters of text so far, those held back included."""
@@ -106,12 +107,15 @@ class _Choice:
 
         A stop token is counted and has its logprobs, but its text is no part of the answer unless asked for.
         """
+        if not self._request.max_tokens:  # the engine always generates one
+            self.finished, delta.finish_reason = True, "length"
+            return
         last = len(row.token_ids) - 1
         for place, token_id in enumerate(row.token_ids):
             self._tokens += 1
             delta.token_ids.append(token_id)
             if row.logprobs is not None:
-                delta.logprobs.append(self._position(token_id, row.logprobs[place]))
+                delta.logprobs.append(self._positions.position(token_id, row.logprobs[place], self.length))
             ends = place == last and row.stop_token_id is not None
             if ends and not self._request.include_stop_str_in_output:
                 break
@@ -119,6 +123,11 @@ class _Choice:
                 return
         if row.finish_reason is not None and not self._add(self._detokenizer.finish(), delta):
             self._end(row, delta)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has a token."""
+        return self._tokens > 0
 
     def cut(self, delta: ChoiceDelta) -> bool:
         """Ends the choice because its time is over, if it has a token; True if that was so."""
@@ -158,22 +167,11 @@ class _Choice:
         elif row.stop_reason:
             delta.stop_reason = row.stop_reason
 
-    def _position(self, token_id: int, logprobs: TokenLogprobs) -> PositionLogprobs:
-        text, data = self._tokenizer.token_text, self._tokenizer.token_bytes
-        top = [(id, text(id), data(id), finite(logprob)) for id, logprob in logprobs.top]
-        own = finite(logprobs.logprob)
-        return PositionLogprobs(token_id, text(token_id), data(token_id), own, top, self.length)
-
-
-def finite(logprob: float) -> float:
-    """A logprob that JSON can hold."""
-    return logprob if math.isfinite(logprob) and logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
-
 
 class _Prompt:
     """One submitted request and its choices."""
 
-    __slots__ = ("choices", "late", "request", "rows", "unfinished")
+    __slots__ = ("choices", "late", "request", "rows", "scored", "unfinished")
 
     def __init__(
         self, request: GenerationRequest, rows: Rows, tokenizer: TextTokenizer, automaton: StopAutomaton | None
@@ -181,6 +179,7 @@ class _Prompt:
         self.request = request
         self.rows = rows
         self.choices = [_Choice(request.first_index + i, request, tokenizer, automaton) for i in range(request.n)]
+        self.scored = PromptPositions(request, tokenizer)
         self.unfinished = request.n
         self.late = False
         """Whether `max_time` is over."""
@@ -277,9 +276,14 @@ class Generation:
                 if not row.token_ids:
                     continue
                 row = msgspec.structs.replace(row, finish_reason=None)
+            prompt.scored.take(row.scored)
+            if not row.token_ids and row.finish_reason is None:
+                continue  # more of the prompt's logprobs; all of them go out with the first token
             delta = deltas.get(choice.index)
             if delta is None:
                 delta = deltas[choice.index] = ChoiceDelta(choice.index)
+            if not choice.begun:
+                delta.prompt_logprobs = prompt.scored.positions
             choice.take(row, delta)
             if row.cached_tokens:
                 delta.cached_tokens += row.cached_tokens
@@ -338,7 +342,7 @@ class Generator:
                 rows = self._engine.submit(
                     request.prompt_ids,
                     request.sampling,
-                    request.max_tokens,
+                    max(request.max_tokens, 1),
                     request.n,
                     key_id=request.key_id,
                     cache_salt=request.cache_salt,
@@ -364,6 +368,7 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
             texts.setdefault(delta.index, []).append(delta.text)
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs
+            choice.prompt_logprobs += delta.prompt_logprobs
             choice.cached_tokens += delta.cached_tokens
             choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
     for index, choice in whole.items():

@@ -14,6 +14,7 @@ class GenerationRequest:
     sampling: SamplingParams
     """Its `stop_token_ids` hold EOS too, unless the client ignores EOS."""
     max_tokens: int
+    """0: nothing of what is generated is wanted, only the prompt's logprobs."""
     n: int = 1
     """Choices; choice i samples with seed + i. Choices are numbered from `first_index`."""
     first_index: int = 0
@@ -30,13 +31,15 @@ class GenerationRequest:
     """`time.monotonic()` seconds; queue time counts."""
     max_time: float | None = None
     """Seconds after which no more tokens are wanted; what is there by then, one token at least, is the answer."""
+    tokens_as_ids: bool = False
+    """Whether logprobs name tokens by their ids."""
     edits: tuple[EditSpec, ...] = ()
     """What changes scores between forward and sampler, in this order; each choice has its own."""
 
 
 @dataclass(slots=True)
 class PositionLogprobs:
-    """Logprobs of one generated token, with the token's own text and bytes, ready for any protocol."""
+    """Logprobs of one token, with the token's own text and bytes, ready for any protocol."""
 
     token_id: int
     token: str
@@ -45,7 +48,9 @@ class PositionLogprobs:
     top: list[tuple[int, str, bytes, float]]
     """(id, text, bytes, logprob), best first."""
     text_offset: int
-    """Characters of the choice's text before this token."""
+    """Characters of the choice's or the prompt's text before this token."""
+    rank: int = 0
+    """Of a prompt's token: 1 = none was more likely."""
 
 
 @dataclass(slots=True)
@@ -58,6 +63,8 @@ class ChoiceDelta:
     token_ids: list[int] = field(default_factory=list)
     """Tokens counted in usage since the last delta, whether their text is out or still held back."""
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    """With the first delta of a choice, if asked for: of the prompt's tokens, all but the first."""
     finish_reason: str | None = None
     """One of OpenAI's: stop, length."""
     stop_reason: int | str | None = None

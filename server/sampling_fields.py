@@ -58,6 +58,7 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "prompt_lookup_num_tokens": (),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
     "token_healing": (False,),
 }

@@ -20,6 +20,7 @@ from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
+from ropeway.server.token_positions import prompt_logprobs_object
 from ropeway.server.tool_choice import ToolChoice, read_tool_choice
 
 MAX_VARIABLES = 100
@@ -47,7 +48,9 @@ class ChatFields(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description=f"an object of at most {MAX_VARIABLES} variables", max_length=MAX_VARIABLES
     )
+    prompt_logprobs: int | None = Field(default=None, description="an integer of at least 0", ge=0)
     return_token_ids: bool | None = Field(default=None, description="true or false")
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="true or false")
     add_generation_prompt: bool | None = Field(default=None, description="true or false")
     continue_final_message: bool | None = Field(default=None, description="true or false")
 
@@ -111,7 +114,16 @@ def create_router(services: Services) -> APIRouter:
         fields.ignore(prompt.ignored)
         record.settle(len(prompt.ids))
         logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-        plan = generation_request(services, request, fields, prompt.ids, logprobs=logprobs, default_tokens="rest")
+        plan = generation_request(
+            services,
+            request,
+            fields,
+            prompt.ids,
+            logprobs=logprobs,
+            default_tokens="rest",
+            prompt_logprobs=fields.prompt_logprobs,
+            tokens_as_ids=bool(fields.return_tokens_as_token_ids),
+        )
         edits = await conversation_edits(services, fields, talk, prompt, plan.max_tokens)
         plan = replace(plan, kept_special_ids=prompt.output.kept_ids, edits=(*edits, *plan.edits))
         generation = services.start(request.scope, [plan], record)
@@ -131,13 +143,17 @@ def answer(
     if fields.stream:
         chunks = Chunks(head, "chat.completion.chunk", fields, usage)
         prompt_ids = plan.prompt_ids if fields.return_token_ids else None
-        return EventStream(generation, ChatFrames(chunks, reader, logprobs, prompt_ids), headers)
+        frames = ChatFrames(chunks, reader, logprobs, prompt_ids, fields.prompt_logprobs)
+        return EventStream(generation, frames, headers)
 
     def whole(choices: list[ChoiceDelta]) -> dict[str, Any]:
         documents = [choice_object(reader, choice, logprobs) for choice in choices]
         if fields.return_token_ids:
             for document, choice in zip(documents, choices, strict=True):
                 document |= {"prompt_token_ids": plan.prompt_ids, "token_ids": choice.token_ids}
-        return head.document("chat.completion", documents, usage)
+        document = head.document("chat.completion", documents, usage)
+        if fields.prompt_logprobs is not None:
+            document["prompt_logprobs"] = prompt_logprobs_object(choices[0].prompt_logprobs, fields.prompt_logprobs)
+        return document
 
     return JsonAnswer(generation, whole, headers)

@@ -7,6 +7,7 @@ from ropeway.server.output_reader import OutputReader
 from ropeway.server.protocols.openai import Chunks
 from ropeway.server.request import ChoiceDelta, PositionLogprobs
 from ropeway.server.stream import json_bytes
+from ropeway.server.token_positions import prompt_logprobs_object
 
 
 def choice_object(reader: OutputReader, choice: ChoiceDelta, logprobs: bool) -> dict[str, Any]:
@@ -52,15 +53,22 @@ class ChatFrames:
 
     Args:
         prompt_ids: go out with the role, and each delta's ids with it; None for no ids at all.
+        prompt_logprobs: most likely tokens at each place of the prompt, with the role, too; None for no logprobs.
     """
 
     def __init__(
-        self, chunks: Chunks, reader: OutputReader, logprobs: bool, prompt_ids: list[int] | None = None
+        self,
+        chunks: Chunks,
+        reader: OutputReader,
+        logprobs: bool,
+        prompt_ids: list[int] | None = None,
+        prompt_logprobs: int | None = None,
     ) -> None:
         self._chunks = chunks
         self._reader = reader
         self._logprobs = logprobs
         self._prompt_ids = prompt_ids
+        self._prompt_logprobs = prompt_logprobs
         self._begun: set[int] = set()
 
     def encode(self, deltas: list[ChoiceDelta]) -> bytes:
@@ -77,8 +85,8 @@ class ChatFrames:
         choices = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            ids = b"" if self._prompt_ids is None else b',"prompt_token_ids":' + json_bytes(self._prompt_ids)
-            choices.append(index + b'{"role":"assistant","content":""},"logprobs":null' + ids + unfinished)
+            prompt = self._prompt(delta)
+            choices.append(index + b'{"role":"assistant","content":""},"logprobs":null' + prompt + unfinished)
         nothing = b',"logprobs":null'
         tokens = self._tokens(delta) or nothing
         changes = [change for event in output.events if (change := delta_bytes(event))]
@@ -91,6 +99,14 @@ class ChatFrames:
             end = {"finish_reason": output.finish_reason, "stop_reason": delta.stop_reason}
             choices.append(index + b'{},"logprobs":null,' + json_bytes(end)[1:])
         return [self._chunks.choice(choice) for choice in choices]
+
+    def _prompt(self, delta: ChoiceDelta) -> bytes:
+        """What was asked for of the prompt."""
+        ids = b"" if self._prompt_ids is None else b',"prompt_token_ids":' + json_bytes(self._prompt_ids)
+        if self._prompt_logprobs is None:
+            return ids
+        logprobs = prompt_logprobs_object(delta.prompt_logprobs, self._prompt_logprobs)
+        return ids + b',"prompt_logprobs":' + json_bytes(logprobs)
 
     def _tokens(self, delta: ChoiceDelta) -> bytes:
         """What was asked for of a delta's tokens; b"" if that is nothing."""

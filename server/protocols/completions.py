@@ -11,7 +11,8 @@ from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.json_route import JsonRoute
 from ropeway.server.prompt_hints import prompt_hints
-from ropeway.server.protocols.openai import Chunks, Head, end_fields
+from ropeway.server.protocols.completion_choices import Asked, Choices
+from ropeway.server.protocols.openai import Chunks, Head
 from ropeway.server.protocols.shared import (
     answer_headers,
     encode_prompt,
@@ -19,7 +20,7 @@ from ropeway.server.protocols.shared import (
     read_fields,
     structure_edits,
 )
-from ropeway.server.request import ChoiceDelta, GenerationRequest, PositionLogprobs
+from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, json_bytes
@@ -34,7 +35,12 @@ class CompletionFields(SamplingFields):
     """The body."""
 
     prompt: Any = Field(description=PROMPT)
+    max_tokens: int | None = Field(
+        default=None, description="an integer of at least 1, or 0 with echo or prompt_logprobs", ge=0
+    )
     logprobs: int | None = Field(default=None, description="an integer of at least 0", ge=0)
+    prompt_logprobs: int | None = Field(default=None, description="an integer of at least 0", ge=0)
+    return_tokens_as_token_ids: bool | None = Field(default=None, description="true or false")
     echo: bool | None = Field(default=None, description="true or false")
     return_token_ids: bool | None = Field(default=None, description="true or false")
 
@@ -51,9 +57,17 @@ class CompletionFields(SamplingFields):
 
     def check(self) -> None:
         """What concerns two fields. Raises: ApiError 400."""
-        if self.echo and self.logprobs is not None:
-            message = "echo with logprobs is not supported by this server yet."
-            raise invalid(message, "echo", "unsupported_parameter")
+        if self.max_tokens == 0:
+            if not self.echo and self.prompt_logprobs is None:
+                raise invalid("max_tokens must be at least 1 without echo and prompt_logprobs.", "max_tokens")
+            if self.least_tokens(0):
+                raise invalid("min_tokens must be at most max_tokens, which is 0 here.", "min_tokens")
+
+    @property
+    def scores(self) -> int | None:
+        """Most likely tokens wanted at each place of the prompt; None where no logprobs of it are."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 def _all(values: Any, kind: type) -> bool:
@@ -83,11 +97,16 @@ def create_router(services: Services) -> APIRouter:
                 logprobs=fields.logprobs,
                 default_tokens="short",
                 first_index=place * fields.choices,
+                prompt_logprobs=fields.scores,
+                tokens_as_ids=bool(fields.return_tokens_as_token_ids),
             )
             for place, prompt_ids in enumerate(ids)
         ]
         edits = await structure_edits(services, fields, min(plan.max_tokens for plan in plans))
-        plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
+        if fields.max_tokens == 0:
+            plans = [replace(plan, max_tokens=0, edits=()) for plan in plans]
+        else:
+            plans = [replace(plan, edits=(*edits, *plan.edits)) for plan in plans]
         generation = services.start(request.scope, plans, record)
         hints = [prompt_hints(services.tokenizer, *pair) for pair in zip(prompts, ids, strict=True)]
         return answer(services, fields, plans, generation, list(dict.fromkeys(chain.from_iterable(hints))))
@@ -104,12 +123,18 @@ def answer(
 ) -> Response:
     """The response, streamed or not."""
     head = Head.make("cmpl", services)
-    if fields.most_tokens(0) is None:
+    if fields.most_tokens(0) is None and fields.max_tokens is None:
         most = max(plan.max_tokens for plan in plans)
         hints = [f"max_tokens was not given: the output is cut after {most} tokens.", *hints]
     headers = answer_headers(fields, hints)
     usage = generation.usage
-    shape = Choices(services, fields, plans)
+    asked = Asked(
+        echo=bool(fields.echo),
+        logprobs=fields.logprobs,
+        prompt_logprobs=fields.prompt_logprobs,
+        token_ids=bool(fields.return_token_ids),
+    )
+    shape = Choices(services.tokenizer, asked, plans)
     if fields.stream:
         chunks = Chunks(head, "text_completion", fields, usage)
         return EventStream(generation, CompletionFrames(chunks, shape), headers)
@@ -118,34 +143,6 @@ def answer(
         return head.document("text_completion", [shape.document(choice, first=True) for choice in choices], usage)
 
     return JsonAnswer(generation, whole, headers)
-
-
-class Choices:
-    """Choices in OpenAI's shape, whole or a piece of one, with what else the request asked for."""
-
-    def __init__(self, services: Services, fields: CompletionFields, plans: list[GenerationRequest]) -> None:
-        self.logprobs = fields.logprobs is not None
-        self.token_ids = bool(fields.return_token_ids)
-        self._plans = plans
-        decode = services.tokenizer.decode
-        skip = fields.skip_special_tokens is not False
-        self._echoes = [decode(plan.prompt_ids, skip_special_tokens=skip) for plan in plans] if fields.echo else []
-
-    def document(self, choice: ChoiceDelta, first: bool) -> dict[str, Any]:
-        """A choice or a piece of it; the first piece has the prompt, if asked for."""
-        place = choice.index // self._plans[0].n
-        echo = self._echoes[place] if first and self._echoes else ""
-        document = {
-            "index": choice.index,
-            "text": echo + choice.text,
-            "logprobs": logprobs_object(choice.logprobs) if self.logprobs else None,
-            **end_fields(choice),
-        }
-        if self.token_ids:
-            document["token_ids"] = choice.token_ids
-            if first:
-                document["prompt_token_ids"] = self._plans[place].prompt_ids
-        return document
 
 
 class CompletionFrames:
@@ -164,22 +161,8 @@ class CompletionFrames:
 
     def _event(self, delta: ChoiceDelta) -> bytes:
         shape = self._shape
-        more = (shape.logprobs and delta.logprobs) or (shape.token_ids and delta.token_ids)
-        if not delta.text and delta.finish_reason is None and not more:
+        if not delta.text and delta.finish_reason is None and not shape.says_more(delta):
             return b""
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         return self._chunks.choice(json_bytes(shape.document(delta, first)))
-
-
-def logprobs_object(positions: list[PositionLogprobs]) -> dict[str, Any]:
-    """OpenAI's four lists. The chosen token is always among the top ones, so there may be one more than asked for."""
-    return {
-        "tokens": [position.token for position in positions],
-        "token_logprobs": [position.logprob for position in positions],
-        "top_logprobs": [
-            {token: logprob for _, token, _, logprob in reversed(position.top)} | {position.token: position.logprob}
-            for position in positions
-        ],
-        "text_offset": [position.text_offset for position in positions],
-    }

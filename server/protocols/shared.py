@@ -76,6 +76,8 @@ def generation_request(
     default_tokens: Literal["rest", "short"] | int,
     param: str = "",
     first_index: int = 0,
+    prompt_logprobs: int | None = None,
+    tokens_as_ids: bool = False,
 ) -> GenerationRequest:
     """One prompt of a request, checked against the model.
 
@@ -85,6 +87,8 @@ def generation_request(
             (short) or so many.
         param: the field that holds the prompt; messages or prompt unless given.
         first_index: of the prompt's choices; choice i of the answer uses seed + i.
+        prompt_logprobs: top logprobs per token of the prompt, None for none.
+        tokens_as_ids: whether logprobs name tokens by their ids.
 
     Raises: ApiError 400.
     """
@@ -95,9 +99,10 @@ def generation_request(
     check_ids(prompt_ids, info.vocab_size, field)
     context = context_length(info)
     prompt_ids = truncated(prompt_ids, fields, context)
-    if logprobs is not None and logprobs > services.settings.max_logprobs:
-        param = {"messages": "top_logprobs", "inputs": "top_n_tokens"}.get(field, "logprobs")
-        raise invalid(f"{param} must be an integer from 0 to {services.settings.max_logprobs}.", param)
+    asked = {"messages": "top_logprobs", "inputs": "top_n_tokens"}.get(field, "logprobs")
+    for name, count in ((asked, logprobs), ("prompt_logprobs", prompt_logprobs)):
+        if count is not None and count > services.settings.max_logprobs:
+            raise invalid(f"{name} must be an integer from 0 to {services.settings.max_logprobs}.", name)
     short = COMPLETION_TOKENS if default_tokens == "short" else default_tokens
     default = None if short == "rest" else services.presets.completion_tokens(len(prompt_ids), int(short))
     limit = output_limit(fields, len(prompt_ids), context, default, field)
@@ -113,7 +118,7 @@ def generation_request(
     sampling, edits = processing(fields, sampling, info)
     return GenerationRequest(
         prompt_ids=prompt_ids,
-        sampling=sampling,
+        sampling=replace(sampling, prompt_logprobs=prompt_logprobs),
         max_tokens=limit,
         n=fields.choices,
         first_index=first_index,
@@ -125,6 +130,7 @@ def generation_request(
         priority=fields.priority or 0,
         deadline=deadline(request, services.settings.request_timeout),
         max_time=fields.max_time,
+        tokens_as_ids=tokens_as_ids,
         edits=tuple(edits),
     )
 
@@ -138,6 +144,7 @@ async def start(
     logprobs: int | None,
     default_tokens: Literal["rest", "short"] | int,
     param: str,
+    prompt_logprobs: int | None = None,
 ) -> tuple[GenerationRequest, Generation]:
     """Admits a request of one prompt and submits it; `encoding` gives the prompt's ids, the rest is as above.
 
@@ -151,7 +158,14 @@ async def start(
     ids = await encoding
     record.settle(len(ids))
     plan = generation_request(
-        services, request, fields, ids, logprobs=logprobs, default_tokens=default_tokens, param=param
+        services,
+        request,
+        fields,
+        ids,
+        logprobs=logprobs,
+        default_tokens=default_tokens,
+        param=param,
+        prompt_logprobs=prompt_logprobs,
     )
     edits = await structure_edits(services, fields, plan.max_tokens)
     plan = replace(plan, edits=(*edits, *plan.edits))

@@ -40,7 +40,10 @@ class GenerateFields(SamplingFields):
 
     def check(self) -> None:
         """What concerns two fields, or is not built yet. Raises: ApiError 400."""
-        for name in ("decoder_input_details", "watermark", "adapter_id"):
+        if self.decoder_input_details and (self.stream or not self.details):
+            message = "decoder_input_details needs details: true, and no stream."
+            raise invalid(message, "decoder_input_details")
+        for name in ("watermark", "adapter_id"):
             if getattr(self, name):
                 raise invalid(f"{name} is not supported by this server yet.", name, "unsupported_parameter")
         if (self.best_of or 1) > 1:
@@ -114,6 +117,7 @@ async def answer(services: Services, request: Request, body: Any, stream: bool, 
         logprobs=(fields.top_n_tokens or 0) if wanted else None,
         default_tokens=NEW_TOKENS,
         param="inputs",
+        prompt_logprobs=0 if fields.decoder_input_details else None,
     )
     frames = Frames(
         services.tokenizer,

@@ -74,9 +74,16 @@ class Frames:
 
     def _details(self, choice: ChoiceDelta) -> dict[str, Any]:
         tokens = self._tokens(choice.text, choice.logprobs, 0)
-        return {**self._end(choice, len(choice.token_ids)), "prefill": [], "tokens": tokens} | self._top(
-            choice.logprobs
-        )
+        details = {**self._end(choice, len(choice.token_ids)), "prefill": self._prefill(choice), "tokens": tokens}
+        return details | self._top(choice.logprobs)
+
+    def _prefill(self, choice: ChoiceDelta) -> list[dict[str, Any]]:
+        """The prompt's tokens, if asked for; the first has no logprob."""
+        if self._plan.sampling.prompt_logprobs is None:
+            return []
+        first = self._plan.prompt_ids[0]
+        rest = [{"id": p.token_id, "text": p.token, "logprob": p.logprob} for p in choice.prompt_logprobs]
+        return [{"id": first, "text": self._tokenizer.token_text(first), "logprob": None}, *rest]
 
     def _end(self, choice: ChoiceDelta, count: int) -> dict[str, Any]:
         reason = "length" if choice.finish_reason == "length" else "eos_token"

@@ -1,5 +1,6 @@
 """An engine that plays a script: what a test wants the rows of each request to be, and what was asked of it."""
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from fake_client import FakeClient
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.kernels.step import TokenLogprobs
+from ropeway.kernels.step import ScoredToken, TokenLogprobs
 from ropeway.scheduler.client import EngineError
 from ropeway.scheduler.messages import FinishReason, ModelInfo, RowOutput
 
@@ -34,6 +35,8 @@ class ScriptedRows:
         wake = self._wakes.popleft()
         if isinstance(wake, EngineError):
             raise wake
+        if not any(row.token_ids or row.finish_reason for row in wake):
+            asyncio.get_running_loop().call_soon(self._listener)  # nothing to show for it
         return wake
 
     def feed(self, *wakes: Wake) -> None:
@@ -97,6 +100,12 @@ def row(
     """One choice's output of one wake-up; with `logprobs` every token has made-up ones, the same ones every time."""
     made = [made_up_logprobs(id, logprobs) for id in ids] if logprobs is not None else None
     return RowOutput(1, choice, list(ids), made, finish, stop_id, cached, error)
+
+
+def scored(ids: Sequence[int], top: int = 0) -> RowOutput:
+    """A piece of a prompt's logprobs: of `ids`, the next tokens of the prompt."""
+    made = [made_up_logprobs(id + 1, top) for id in ids]
+    return RowOutput(1, 0, scored=[ScoredToken(-0.5 * id, 7, one.top) for id, one in zip(ids, made, strict=True)])
 
 
 def made_up_logprobs(token_id: int, top: int) -> TokenLogprobs:

@@ -17,9 +17,10 @@ from ropeway.scheduler.client import EngineFailed, NotReady, Quarantined
 from ropeway.scheduler.messages import EditSpec
 from ropeway.server import generator
 from ropeway.server.errors import ApiError
-from ropeway.server.generator import Generation, Generator, collect, finite
+from ropeway.server.generator import Generation, Generator, collect
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.stop_strings import StopAutomaton
+from ropeway.server.token_positions import finite
 from ropeway.server.tokenizer import TextTokenizer
 
 EOS = 1

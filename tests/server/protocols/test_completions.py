@@ -165,7 +165,6 @@ async def test_default_length_says_so() -> None:
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 10**6}, "logprobs"),
-        ({"echo": True, "logprobs": 0}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"num_beams": 4}, "num_beams"),
