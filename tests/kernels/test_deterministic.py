@@ -8,19 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, build
+from ragged import dot_in_order
 from ragged_steps import BLOCK_SIZE
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, PreTrainedModel
 
 pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpreterBuilder
 
-from ropeway.kernels import deterministic, fused_ops, packed
+from ropeway.kernels import deterministic, fused_ops, packed, triton_attention, triton_matmul
 from ropeway.kernels.build import build_runner
 from ropeway.kernels.deterministic import check_deterministic, make_deterministic, watched_operations
 from ropeway.kernels.errors import UnsupportedSetting
 from ropeway.kernels.fusion import fuse
 from ropeway.kernels.loader import LoadedModel
 from ropeway.kernels.probe import Choice, packed_logits
+from ropeway.kernels.triton_attention import Tiling
+from ropeway.kernels.triton_matmul import Tile
 
 MAX_LEN = 64
 PACKED = Choice("packed", "packed: its logits agree", 1, 1, {})
@@ -137,3 +141,26 @@ def test_other_bits_are_refused(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(deterministic, "whole_logits", moved)
     with pytest.raises(UnsupportedSetting, match="bits of a row's logits"):
         make_deterministic(loaded(model), PACKED)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_a_whole_model_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards all parts together, with windows and softcap: chunks and tokens of three rows have the bits that each row
+    has alone and whole. A product whose order follows the number of rows is found out."""
+
+    def attend(q: Any, k: Any, v: Any, metadata: Any, **options: Any) -> torch.Tensor:
+        return triton_attention.paged_attention(q, k, v, metadata.ragged, **options)
+
+    model = build(FAMILIES["gemma2"])
+    fuse(model, MAX_LEN)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_in_order)
+    monkeypatch.setattr(fused_ops, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(packed, "paged_attention", attend)
+    monkeypatch.setattr(deterministic, "_BY_TOKEN", deterministic._BY_TOKEN | {"set_"})  # the interpreter's own
+    monkeypatch.setattr(triton_attention, "one_tiling", lambda *_: Tiling(16, 16, 4, 2))
+    short, long = Tile(64, 16, 16, 4, 2), Tile(64, 16, 64, 4, 2)
+    monkeypatch.setattr(triton_matmul, "tile_of", lambda rows, *_: long if rows > 4 else short)
+    with pytest.raises(UnsupportedSetting, match="bits of a row's logits"):
+        make_deterministic(loaded(model), PACKED)
+    monkeypatch.setattr(triton_matmul, "tile_of", lambda *_: long)
+    make_deterministic(loaded(model), PACKED)

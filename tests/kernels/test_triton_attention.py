@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from e4m3 import mend_interpreter
-from ragged import Ragged, make_ragged, relative_error
+from ragged import Ragged, dot_in_order, make_ragged, relative_error
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder
 
 from ropeway.kernels import triton_attention
 from ropeway.kernels.triton_attention import RaggedRows, Tiling, paged_attention
@@ -186,11 +186,6 @@ def in_pieces(case: Ragged, size: int, deterministic: bool, **options: Any) -> t
         q = case.q[start : start + count]
         out.append(paged_attention(q, case.k_pool, case.v_pool, piece, scale=0.5, **options))
     return torch.cat(out)
-
-
-def dot_in_order(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> TensorHandle:
-    """Sums one product after the other, wherever in the tile: the interpreter's BLAS has other orders at its edges."""
-    return TensorHandle((a.data[:, :, None] * b.data[None]).sum(1) + d.data, d.dtype.scalar)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
