@@ -22,12 +22,17 @@ def atom(text: str, marker: Marker) -> str:
     return literal(text) if id is None else f"<[{id}]>"
 
 
+def pattern(text: str) -> str:
+    """The text itself, in a regular expression of a grammar."""
+    return re.escape(text).replace("/", r"\/").replace("\\\n", r"\n")
+
+
 def up_to(name: str, end: str, marker: Marker) -> str:
     """Rules for any text up to the first `end`, which is part of it; `name` is the rule's, in small letters."""
-    pattern = re.escape(end).replace("/", r"\/").replace("\\\n", r"\n")
+    spelled = pattern(end)
     id = marker(end)
     if id is None:
-        return f"{name}[lazy]: /{ANYTHING}{pattern}/\n"
+        return f"{name}[lazy]: /{ANYTHING}{spelled}/\n"
     text = name.upper()
     # Spelled in plain tokens the marker would end the text as well, for whoever reads it.
-    return f"{name}: {text} <[{id}]>\n{text}: /{ANYTHING}/ & ~/{ANYTHING}{pattern}{ANYTHING}/\n"
+    return f"{name}: {text} <[{id}]>\n{text}: /{ANYTHING}/ & ~/{ANYTHING}{spelled}{ANYTHING}/\n"

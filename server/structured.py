@@ -24,7 +24,7 @@ from ropeway.server.named_grammars import NAMED_GRAMMARS, named_grammar
 from ropeway.server.output_parser import OutputFormat
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.tokenizer import TextTokenizer
-from ropeway.server.tool_grammar import Grammar, calls_grammar, json_grammar
+from ropeway.server.tool_grammar import Grammar, any_arguments, calls_grammar, json_grammar, offered_grammar
 
 WHITESPACE = r"( |\n[ \t]{0,24})"
 """Between JSON's tokens, unless the request says otherwise. Without an end, some models write nothing else for ever."""
@@ -172,6 +172,17 @@ def forced_calls(output: OutputFormat, names: Sequence[str], parallel: bool) -> 
         raise invalid(message, "tool_choice", "unsupported_parameter")
     schemas = {name: output.schemas[name] for name in names}
     return Structure("tools", lambda marker: calls_grammar(shape, schemas, parallel, marker, WHITESPACE))
+
+
+def offered_calls(output: OutputFormat, strict: Sequence[str]) -> Structure | None:
+    """Any text or calls, those of the strict tools by their schemas; None if nobody knows how calls are written."""
+    shape = output.tools
+    if shape is None:
+        return None
+    schemas = {
+        name: schema if name in strict else any_arguments(shape, schema) for name, schema in output.schemas.items()
+    }
+    return Structure("tools", lambda marker: offered_grammar(shape, schemas, output.parallel, marker, WHITESPACE))
 
 
 async def grammar_edit(

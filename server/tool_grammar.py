@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ropeway.server.errors import invalid
-from ropeway.server.lark import Marker, atom, literal, up_to
+from ropeway.server.lark import ANYTHING, Marker, atom, literal, pattern, up_to
 from ropeway.server.tool_formats import Tags, ToolFormat
 
 Grammar = dict[str, Any]
@@ -18,13 +18,19 @@ SPELLED_OUT = frozenset(("type", "description", "title", "default", "examples", 
 
 
 def calls_grammar(
-    shape: ToolFormat, schemas: Mapping[str, Mapping[str, Any]], parallel: bool, marker: Marker, whitespace: str
+    shape: ToolFormat,
+    schemas: Mapping[str, Mapping[str, Any]],
+    parallel: bool,
+    marker: Marker,
+    whitespace: str,
+    opened: bool = False,
 ) -> list[Grammar]:
     """One call or, if parallel, several. The first grammar is `calls`; it refers to the others.
 
     Args:
         schemas: tool -> JSON Schema of its arguments.
         whitespace: pattern between JSON's tokens.
+        opened: the first opening marker is there already.
 
     Raises: ApiError 400 for arguments that this format cannot hold to their schema.
     """
@@ -37,8 +43,38 @@ def calls_grammar(
             grammars.append(json_grammar(f"args_{number}", {"type": "object"} | dict(schema), whitespace))
             rules.append(f"call_{number}: {_around(shape, name, f'@args_{number}', marker)}\n")
     one = " | ".join(f"call_{number}" for number in range(len(schemas)))
-    start = f"start: {_frame(shape, parallel, marker)}\n"
+    frame = _frame(shape, parallel, marker)
+    if opened:
+        opening = atom(shape.open, marker)
+        frame = f"one ({opening} one)*" if frame.startswith("(") else frame.removeprefix(opening)
+    start = f"start: {frame}\n"
     return [{"name": "calls", "lark_grammar": f"{start}one: {one}\n{''.join(rules)}"}, *grammars]
+
+
+def offered_grammar(
+    shape: ToolFormat, schemas: Mapping[str, Mapping[str, Any]], parallel: bool, marker: Marker, whitespace: str
+) -> list[Grammar]:
+    """Any text, and calls as soon as it has opened one; behind them nothing. The first grammar is `offered`.
+
+    Raises: ApiError 400 as `calls_grammar`.
+    """
+    if shape.bare:  # without marker: what begins as a call is one
+        calls = calls_grammar(shape, schemas, parallel, marker, whitespace)
+        start = "start: SPACES @calls | OTHER\nSPACES: /[ \\n]{0,4}/\nOTHER: /([ \\n]*[^ \\n{](.|\\n)*)?/\n"
+        return [{"name": "offered", "lark_grammar": start}, *calls]
+    calls = calls_grammar(shape, schemas, parallel, marker, whitespace, opened=True)
+    plain = f"PLAIN: /{ANYTHING}/ & ~/{ANYTHING}{pattern(shape.open)}{ANYTHING}/\n"
+    rules = f"start: PLAIN | opened @calls\n{plain}{up_to('opened', shape.open, marker)}"
+    return [{"name": "offered", "lark_grammar": rules}, *calls]
+
+
+def any_arguments(shape: ToolFormat, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What a schema that nobody wants enforced says of the form: which values are written without quotes."""
+    properties: Mapping[str, Any] = schema.get("properties") or {}
+    if shape.tags is None:
+        return {"type": "object"}
+    texts = [name for name, value in properties.items() if isinstance(value, dict) and value.get("type") == "string"]
+    return {"type": "object", "properties": {name: {"type": "string"} if name in texts else {} for name in properties}}
 
 
 def json_grammar(name: str, schema: Any, whitespace: str) -> Grammar:

@@ -10,14 +10,14 @@ from typing import Any
 from ropeway.scheduler.messages import EditSpec
 from ropeway.scheduler.thinking_budget import THINKING_BUDGET
 from ropeway.server.chat_template import ChatTemplate, missing_template
-from ropeway.server.errors import invalid
+from ropeway.server.errors import ApiError, invalid
 from ropeway.server.output_parser import OutputFormat
 from ropeway.server.output_reader import output_format, reasoning_format
 from ropeway.server.protocols.shared import check_could_fit
 from ropeway.server.reasoning import Effort, template_variables
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
-from ropeway.server.structured import closes, forced_calls, grammar_edit, read_structure
+from ropeway.server.structured import closes, forced_calls, grammar_edit, offered_calls, read_structure
 from ropeway.server.tokenizer import INLINE_CHARS, TextTokenizer
 from ropeway.server.tool_choice import ToolChoice
 
@@ -100,12 +100,29 @@ async def conversation_edits(
         if structure is not None:
             fields.ignore([structure.param])
     elif structure is None:
-        return budget
+        return [*budget, *await _offered_edits(services, fields, talk, output)]
     else:  # calls are answers as well
         calls = [forced_calls(output, list(output.schemas), output.parallel)] if output.tools else []
         structures = [*calls, structure]
     # The budget comes first: the grammar then looks at what it leaves.
     return [*budget, await grammar_edit(services.grammars, services.tokenizer, structures, output, close_within)]
+
+
+async def _offered_edits(
+    services: Services, fields: SamplingFields, talk: Conversation, output: OutputFormat
+) -> list[EditSpec]:
+    """What holds calls that the model may make to strict schemas, and ends an answer behind its only call."""
+    strict = [tool["function"]["name"] for tool in talk.tools or () if tool["function"].get("strict")]
+    offered = offered_calls(output, strict) if strict or (talk.tools and not output.parallel) else None
+    if offered is None:
+        fields.ignore(["tools.strict"] if strict else [])
+        return []
+    try:
+        return [await grammar_edit(services.grammars, services.tokenizer, [offered], output)]
+    except ApiError:
+        if strict:
+            raise
+        return []  # what is written behind the call is dropped by the parser
 
 
 def budget_edits(tokenizer: TextTokenizer, output: OutputFormat, budget: int | None) -> list[EditSpec]:

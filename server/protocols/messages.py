@@ -177,6 +177,8 @@ def tool_object(place: int, tool: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), dict):
         raise invalid(f"tools[{place}] must have a name and an input_schema.", f"tools[{place}]")
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
+    if tool.get("strict"):
+        function["strict"] = True
     if isinstance(tool.get("description"), str):
         function["description"] = tool["description"]
     return {"type": "function", "function": function}

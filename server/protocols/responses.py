@@ -188,5 +188,5 @@ def tool_object(place: int, tool: dict[str, Any]) -> dict[str, Any]:
         raise invalid(f"tools[{place}] must be of type function and have a name.", f"tools[{place}]")
     if not isinstance(tool.get("parameters") or {}, dict):
         raise invalid(f"tools[{place}].parameters must be a JSON Schema, an object.", f"tools[{place}].parameters")
-    kept = {name: tool[name] for name in ("name", "description", "parameters") if tool.get(name) is not None}
+    kept = {name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None}
     return {"type": "function", "function": kept}

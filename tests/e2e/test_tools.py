@@ -157,3 +157,32 @@ def test_thinking_budget(server: RunningServer, budget: int) -> None:
     body = {"messages": messages, "temperature": 0, "max_tokens": 60, "model": "", "thinking": thinking}
     blocks = server.post("/v1/messages", **body).json()["content"]
     assert [block["type"] for block in blocks] == ["thinking", "text"][budget < 5 :] and blocks[-1]["text"]
+
+
+STRICT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Bergen"]}, "days": {"type": "integer", "minimum": 3, "maximum": 5}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def test_strict_tools(client: openai.OpenAI) -> None:
+    """Guards `strict` under auto: a call that the model begins fits the schema; where it begins none, text is free."""
+    function = {"name": "get_weather", "description": "The weather of a city.", "strict": True, "parameters": STRICT}
+    fields: dict[str, Any] = {"tools": [{"type": "function", "function": function}], "max_tokens": 200}
+    for seed in range(4):
+        answer = ask(client, ONE, **fields, temperature=0.7 * (seed > 0), seed=seed).choices[0]
+        assert seed or answer.message.tool_calls
+        for call in answer.message.tool_calls or []:
+            arguments = json.loads(call.function.arguments)
+            assert arguments["city"] in ("Oslo", "Bergen") and 3 <= arguments["days"] <= 5 and len(arguments) == 2
+    free = ask(client, "Who are you?", **fields).choices[0]
+    assert free.message.content and free.finish_reason == "stop"
+
+
+def test_one_call_ends_the_row(client: openai.OpenAI) -> None:
+    """Guards cost: without parallel calls nothing is generated behind the first one."""
+    both, one = (ask(client, TWO, tools=TOOLS, parallel_tool_calls=parallel) for parallel in (True, False))
+    assert len(both.choices[0].message.tool_calls) > len(one.choices[0].message.tool_calls) == 1
+    assert one.usage.completion_tokens < both.usage.completion_tokens and one.choices[0].finish_reason == "tool_calls"

@@ -14,7 +14,7 @@ from ropeway.server.errors import ApiError
 from ropeway.server.output_parser import CallArguments, CallStart, OutputFormat, OutputParser
 from ropeway.server.tool_choice import ToolChoice, read_tool_choice
 from ropeway.server.tool_formats import TOOL_FORMATS, Tags, ToolFormat
-from ropeway.server.tool_grammar import calls_grammar
+from ropeway.server.tool_grammar import calls_grammar, offered_grammar
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -69,6 +69,28 @@ def test_calls_are_calls(vocabulary: LLTokenizer, shape: ToolFormat, parallel: b
             pieces = [event.text for event in events if isinstance(event, CallArguments) and event.index == index]
             jsonschema.validate(json.loads("".join(pieces)), SCHEMAS[name])
         assert not [event for event in events if type(event).__name__ == "Content"], text
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("shape", TOOL_FORMATS.values(), ids=lambda shape: str(shape.name))
+def test_offered_calls(vocabulary: LLTokenizer, shape: ToolFormat, parallel: bool) -> None:
+    """Guards `strict` where the model may choose: text is free, a call that has begun is not, and one is the last."""
+    parts = offered_grammar(shape, SCHEMAS, parallel, lambda text: None, " ?")
+    matcher = compile_grammar(vocabulary, json.dumps({"grammars": parts}))
+
+    def after(text: str) -> tuple[bool, bool, bool]:
+        """Whether the text may stand there, end there, and must."""
+        at, ids = matcher.deep_copy(), vocabulary.tokenize_str(text)
+        return at.try_consume_tokens(ids) == len(ids), at.is_accepting(), at.is_stopped()
+
+    assert after("Well, it is <b>sunny</b> [1].\n")[:2] == after("")[:2] == (True, True)
+    for seed in range(4):
+        call = sample(vocabulary, shape, parallel, seed)
+        assert after(call)[:2] == (True, True)
+        assert shape.bare or after("Let me see.\n" + call)[:2] == (True, True)
+        assert parallel or after(call)[2]
+        wrong = call.replace("get_weather", "get_whether").replace("stop", "stopp")
+        assert not after(wrong)[0]
 
 
 def test_what_tags_cannot_hold() -> None:
