@@ -130,9 +130,8 @@ def together(name: str, value: str, other: str, values: Iterable[str]) -> set[Pa
 BANS = together("no_repeat", "3", "format", SAMPLING["format"].keys() - {"absent", "text"})
 BANS |= together("no_repeat", "3", "tools", ["required", "named"])
 BANS |= together("no_repeat", "encoder", "tools", ["required", "named"])  # the prompt shows what calls look like
-HARD = (
-    dict.fromkeys(BANS, "left no token to go on with")
-    | dict.fromkeys(together("max_tokens", "1", "format", ["closed"]), "max_tokens")
+HARD = dict.fromkeys(BANS, "left no token to go on with") | dict.fromkeys(
+    together("max_tokens", "1", "format", ["closed"]), "max_tokens"
 )
 """What cannot always be done -> what the refusal says."""
 
@@ -141,10 +140,20 @@ def body(features: Features, row: Mapping[str, str]) -> dict[str, Any]:
     return {field: value for name, choice in row.items() for field, value in features[name][choice].items()}
 
 
+def described(document: dict[str, Any]) -> dict[str, Any]:
+    """As OpenAI's description has it, which forgets that an echo's first token has no logprob: its API says null."""
+    for choice in document.get("choices", []):
+        given = choice.get("logprobs") or {}
+        for name, nothing in (("token_logprobs", 0.0), ("top_logprobs", {})):
+            if given.get(name) and given[name][0] is None:
+                given[name][0] = nothing
+    return document
+
+
 def streamed(answer: httpx.Response) -> dict[int, dict[str, Any]]:
     """Index -> what a stream's pieces say together."""
     told: dict[int, dict[str, Any]] = {}
-    documents = events(answer.content)
+    documents = [described(document) for document in events(answer.content)]
     assert "error" not in documents[-1], documents[-1]
     chat = documents[0]["object"] == "chat.completion.chunk"
     check_documents(documents, "CreateChatCompletionStreamResponse" if chat else "CreateCompletionResponse")
@@ -254,7 +263,7 @@ def run(server: RunningServer, route: str, row: dict[str, str]) -> None:
     answer = server.post(route, **asked)
     assert answer.status_code == 200, answer.text
     chat = "chat" in route
-    document = check(answer.json(), "CreateChatCompletionResponse" if chat else "CreateCompletionResponse")
+    document = check(described(answer.json()), "CreateChatCompletionResponse" if chat else "CreateCompletionResponse")
     told = whole(document)
     choices = asked.get("n") or asked.get("num_return_sequences") or 1
     assert len(told) == choices * (2 if row["prompt"] == "two" else 1)

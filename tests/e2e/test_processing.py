@@ -41,19 +41,23 @@ def table(reference: Reference) -> dict[str, Any]:
     }
 
 
-ELSEWHERE = {
-    "do_sample": "tests/e2e/test_guide.py",
-    "forced_bos_token_id": "tests/server/test_processing.py",
-    "max_time": "tests/e2e/test_presets.py",
-    "min_length": "tests/server/test_processing.py",
-    "min_new_tokens": "tests/server/test_processing.py",
-    "num_return_sequences": "tests/e2e/test_combinations.py",
-} | dict.fromkeys(
-    ["num_beams", "length_penalty", "early_stopping", "renormalize_logits", "guidance_scale"],
-    "tests/scheduler/test_beam.py",
-) | dict.fromkeys(
-    ["temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"],
-    "tests/server/test_processing.py",
+ELSEWHERE = (
+    {
+        "do_sample": "tests/e2e/test_guide.py",
+        "forced_bos_token_id": "tests/server/test_processing.py",
+        "max_time": "tests/e2e/test_presets.py",
+        "min_length": "tests/server/test_processing.py",
+        "min_new_tokens": "tests/server/test_processing.py",
+        "num_return_sequences": "tests/e2e/test_combinations.py",
+    }
+    | dict.fromkeys(
+        ["num_beams", "length_penalty", "early_stopping", "renormalize_logits", "guidance_scale"],
+        "tests/scheduler/test_beam.py",
+    )
+    | dict.fromkeys(
+        ["temperature", "top_k", "top_p", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"],
+        "tests/server/test_processing.py",
+    )
 )
 """Request fields that no greedy answer of this model shows -> where they are compared with transformers."""
 
