@@ -73,6 +73,7 @@ def build_runner(
     device_map: Literal["none", "auto"] = "none",
     layout: Literal["auto"] | Layout = "auto",
     deterministic: bool = False,
+    processed_logprobs: bool = False,
     max_model_len: int | None = None,
     max_num_seqs: int = 64,
     max_num_batched_tokens: int = 2048,
@@ -88,7 +89,7 @@ def build_runner(
 
     Args: as in `load_model`, `choose_layout`, `kv_budget` and `plan_blocks`; kv_cache_bytes None = `kv_budget`;
         max_num_batched_tokens: of the largest step; kv_cache_dtype: auto = as the model computes K and V;
-        deterministic: see `deterministic.py`;
+        deterministic: see `deterministic.py`; processed_logprobs: see `Sampler`;
         threads: intra-op threads on the CPU, None = `threads_for`; progress(stage for people, share of it all);
         compiling: the same for the time in which a GPU's kernels are compiled and captured.
 
@@ -135,7 +136,7 @@ def build_runner(
         elif on_gpu:
             use_fast_linears(loaded.model)
     state = SamplingState(max_num_seqs, loaded.vocab_size, loaded.device)
-    sampler = TritonSampler(state) if on_gpu else Sampler(state)
+    sampler = (TritonSampler if on_gpu else Sampler)(state, processed_logprobs)
     make_forward = partial(PackedForward, deterministic=deterministic) if packed else PaddedForward
     sizes = decode_sizes(max_num_seqs) + mixed_sizes(max_num_seqs, max_num_batched_tokens) if on_gpu and packed else []
     reserved = 0

@@ -28,7 +28,7 @@ LARGEST_MIXED = 2048
 WASTE = 2
 """A step takes the next larger captured size if that is at most so many times as large as the one it should have."""
 
-Launches = Callable[[], None]
+Launches = Callable[[], object]
 
 
 class Uncapturable(Exception):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ropeway.kernels.errors import MAX_ERROR, EditError
+from ropeway.kernels.logprobs import chosen_logprobs
 from ropeway.kernels.noise import gumbel
 from ropeway.kernels.sampling_state import Needs, SamplingState
 from ropeway.kernels.step import Edit
@@ -73,8 +74,10 @@ class Lines:
 class Sampler:
     """Samples one token per row, and counts it where the row has penalties."""
 
-    def __init__(self, state: SamplingState) -> None:
+    def __init__(self, state: SamplingState, processed_logprobs: bool = False) -> None:
+        """processed_logprobs: logprobs are those of what is drawn from, not of the model's own logits."""
         self.state = state
+        self.processed_logprobs = processed_logprobs
 
     def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
         """As `sample`, for lines that a step has staged; ids and finiteness are written where `lines` says."""
@@ -107,7 +110,10 @@ class Sampler:
         counted = _rows([row.penalties for row in needs], logits.device)
         if len(counted):
             self.state.count(slots[counted], token_ids[counted])
-        return Sampled(token_ids, finite, *_logprobs(logits, token_ids, needs), errors=errors)
+        wanted = [row.logprobs for row in needs]
+        if self.processed_logprobs:
+            logits = self._distribution(scores, slots, needs)
+        return Sampled(token_ids, finite, *chosen_logprobs(logits, token_ids, wanted), errors=errors)
 
     def _needs(self, slot: int) -> Needs:
         needs = self.state.needs[slot]
@@ -160,13 +166,34 @@ class Sampler:
         needs: list[Needs],
     ) -> torch.Tensor:
         """As `_choose`, for rows that all have a temperature, and either all or none of which are filtered."""
+        scores, ids = self._shaped(scores, peaks, slots, needs)
+        chosen = (scores + gumbel(self.state.seed[slots], positions, ids)).argmax(-1, keepdim=True)
+        return ids.expand_as(scores).gather(1, chosen).squeeze(1)
+
+    def _shaped(
+        self, scores: torch.Tensor, peaks: torch.Tensor, slots: torch.Tensor, needs: list[Needs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """After temperature and filters: scores [R, C], ids [R or 1, C]; rows as for `_draw`."""
         # Relative to the row's largest, so that no temperature makes an infinity of a finite score.
         scores = (scores - peaks.unsqueeze(1)) / self.state.temperature[slots].unsqueeze(1)
         ids = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0)
-        if needs[0].filtered:
-            scores, ids = self._filter(scores, ids, slots, needs)
-        chosen = (scores + gumbel(self.state.seed[slots], positions, ids)).argmax(-1, keepdim=True)
-        return ids.expand_as(scores).gather(1, chosen).squeeze(1)
+        return self._filter(scores, ids, slots, needs) if needs[0].filtered else (scores, ids)
+
+    def _distribution(self, scores: torch.Tensor, slots: torch.Tensor, needs: list[Needs]) -> torch.Tensor:
+        """Processed scores [L, V] -> what the tokens are drawn from, [L, V] fp32, in the lines that want logprobs. A
+        greedy line has no temperature and no filter."""
+        scores = scores.float().clone()
+        drawn = [row.logprobs is not None and not row.greedy for row in needs]
+        for filtered in (False, True):
+            wanted = [yes and row.filtered == filtered for yes, row in zip(drawn, needs, strict=True)]
+            rows = _rows(wanted, scores.device)
+            if not len(rows):
+                continue
+            own = scores[rows]
+            group = [row for yes, row in zip(wanted, needs, strict=True) if yes]
+            shaped, ids = self._shaped(own, own.amax(-1), slots[rows], group)
+            scores[rows] = torch.full_like(own, -torch.inf).scatter_reduce(1, ids.expand_as(shaped), shaped, "amax")
+        return scores
 
     def _filter(
         self, scores: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor, needs: list[Needs]
@@ -265,30 +292,6 @@ def _last_key(keys: torch.Tensor, weights: torch.Tensor, limit: torch.Tensor) ->
         before = below.gather(1, digit)
         prefix = (prefix << bits) | digit.to(torch.int32)
     return prefix, before
-
-
-def _logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, needs: list[Needs]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(chosen [L], top ids [L, K], their logprobs [L, K]), log-softmax in fp32 of the model's own logits."""
-    asked = [row.logprobs for row in needs if row.logprobs is not None]
-    if not asked:
-        return None, None, None
-    rows = _rows([row.logprobs is not None for row in needs], logits.device)
-    logprobs = logits[rows].float().log_softmax(-1)
-    chosen = logits.new_zeros(len(needs), dtype=torch.float32)
-    chosen[rows] = logprobs.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
-    k = min(max(asked), logits.shape[1])
-    if not k:
-        return chosen, None, None
-    # One integer per token that orders by logprob, then by id; a plain topk leaves the order of equals open.
-    vocabulary = torch.arange(logits.shape[1], device=logits.device)
-    order = (logprobs.abs().view(torch.int32).to(torch.int64) << 32) | vocabulary
-    best = order.topk(k, largest=False).values & 0xFFFFFFFF
-    top_ids = torch.zeros(len(needs), k, dtype=torch.int64, device=logits.device)
-    top_logprobs = chosen.new_zeros(len(needs), k)
-    top_ids[rows], top_logprobs[rows] = best, logprobs.gather(1, best)
-    return chosen, top_ids, top_logprobs
 
 
 def _compact(

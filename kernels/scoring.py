@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
+from ropeway.kernels.logprobs import most_likely
 from ropeway.kernels.step import Score, ScoredToken
 from ropeway.kernels.triton_jit import upload
 
@@ -27,14 +28,6 @@ def bytes_of_scores(scores: int, vocab_size: int) -> int:
     """The most bytes that scoring so many tokens in a step takes, logits and work on them."""
     logits = 4 * scores * vocab_size
     return logits + 8 * min(logits, SLICE_BYTES)
-
-
-def most_likely(logprobs: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids [R, k] int64 of the largest logprobs [R, V] fp32, none above 0; best first, equals by lower id."""
-    # One integer per token that orders by logprob, then by id; a plain topk leaves the order of equals open.
-    vocabulary = torch.arange(logprobs.shape[1], device=logprobs.device)
-    order = (logprobs.abs().view(torch.int32).to(torch.int64) << 32) | vocabulary
-    return order.topk(k, largest=False).values & 0xFFFFFFFF
 
 
 @dataclass(slots=True, frozen=True)

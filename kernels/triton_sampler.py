@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ropeway.kernels.logprobs import chosen_logprobs
 from ropeway.kernels.sampler import Lines, Sampled, Sampler, apply_edits
 from ropeway.kernels.sampling_state import DRAWN, FLAGS, SMALLEST_TEMPERATURE
 from ropeway.kernels.step import Edit
@@ -58,8 +59,8 @@ class TritonSampler(Sampler):
 
     def sample_lines(self, logits: torch.Tensor, lines: Lines) -> Sampled:
         """As `sample`, for lines that a step has staged."""
-        self.launch(logits, lines, self.kind(lines), self._bans(lines))
-        return self.report(logits, lines)
+        scores = self.launch(logits, lines, self.kind(lines), self._bans(lines))
+        return self.report(scores if self.processed_logprobs else logits, lines)
 
     def kind(self, lines: Lines) -> Kind:
         """What the neediest line takes."""
@@ -69,10 +70,14 @@ class TritonSampler(Sampler):
             return "processed"
         return "drawn" if work & DRAWN else "greedy"
 
-    def launch(self, logits: torch.Tensor, lines: Lines, kind: Kind, bans: Sequence[tuple[int, int]] = ()) -> None:
+    def launch(
+        self, logits: torch.Tensor, lines: Lines, kind: Kind, bans: Sequence[tuple[int, int]] = ()
+    ) -> torch.Tensor:
         """Only launches, on what is on the device: greedy and drawn lines can be captured in a graph.
 
-        bans: (line, token id) that must not be chosen, with kind processed."""
+        bans: (line, token id) that must not be chosen, with kind processed.
+
+        Returns the scores [L, V] after all that comes before temperature; the logits themselves if nothing does."""
         state, (rows, vocabulary) = self.state, logits.shape
         processed, drawn = kind == "processed", kind != "greedy"
         slots, positions, flags = lines.slots, lines.positions, lines.flags
@@ -121,14 +126,18 @@ class TritonSampler(Sampler):
             **cut,
             num_warps=32 if drawn else 1,
         )
+        return scores
 
     def report(self, logits: torch.Tensor, lines: Lines) -> Sampled:
-        """What `launch` gave, with the logprobs of the lines that want them."""
+        """What `launch` gave, with the logprobs of the lines that want them. logits: the model's own, or what `launch`
+        returned if logprobs are to be those of what is drawn from."""
         asked = np.flatnonzero(self.state.wants_logprobs[lines.host_slots])
         if not len(asked):
             return Sampled(lines.token_ids, lines.finite, errors=lines.errors)
         needs = [self._needs(slot) for slot in lines.host_slots.tolist()]
-        logprobs = _logprobs(logits, lines.token_ids, [row.logprobs for row in needs])
+        if self.processed_logprobs:
+            logits = self._distribution(logits[: len(needs)], lines.slots[: len(needs)], needs)
+        logprobs = chosen_logprobs(logits, lines.token_ids, [row.logprobs for row in needs])
         return Sampled(lines.token_ids, lines.finite, *logprobs, errors=lines.errors)
 
     def _bans(self, lines: Lines) -> list[tuple[int, int]]:
@@ -140,25 +149,3 @@ class TritonSampler(Sampler):
             for line, slot in zip(early.tolist(), slots, strict=True)
             for token_id in self._needs(slot).stop_token_ids
         ]
-
-
-def _logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, wanted: Sequence[int | None]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(chosen [L], top ids [L, K], their logprobs [L, K]), log-softmax in fp32 of the model's own logits."""
-    asked = [index for index, count in enumerate(wanted) if count is not None]
-    rows = upload(torch.tensor(asked), logits.device)
-    logprobs = logits[rows].float().log_softmax(-1)
-    chosen = logits.new_zeros(len(wanted), dtype=torch.float32)
-    chosen[rows] = logprobs.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1)
-    k = min(max(count or 0 for count in wanted), logits.shape[1])
-    if not k:
-        return chosen, None, None
-    # One integer per token that orders by logprob, then by id; a plain topk leaves the order of equals open.
-    vocabulary = torch.arange(logits.shape[1], device=logits.device)
-    order = (logprobs.abs().view(torch.int32).to(torch.int64) << 32) | vocabulary
-    best = order.topk(k, largest=False).values & 0xFFFFFFFF
-    top_ids = torch.zeros(len(wanted), k, dtype=torch.int64, device=logits.device)
-    top_logprobs = chosen.new_zeros(len(wanted), k)
-    top_ids[rows], top_logprobs[rows] = best, logprobs.gather(1, best)
-    return chosen, top_ids, top_logprobs

@@ -40,6 +40,8 @@ class EngineConfig:
     batch_layout: Literal["auto", "padded", "packed"] = "auto"
     deterministic: bool = False
     """Logits of a row have the same bits whatever shares its steps, see `kernels/deterministic.py`."""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    """Of generated tokens: the model's own, or of what is drawn from."""
     lag: Literal[0, 1] | None = None
     """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
     threads: int | None = None

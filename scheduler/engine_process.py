@@ -86,6 +86,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         device_map=config.device_map,
         layout=config.batch_layout,
         deterministic=config.deterministic,
+        processed_logprobs=config.logprobs_mode == "processed_logprobs",
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -149,6 +149,9 @@ class Settings:
     )
     request_timeout: float | None = flag(None, LIMITS, "seconds a request may take, queue included", low=0.001)
     drain_timeout: float = flag(30.0, LIMITS, "seconds running streams get after SIGTERM", low=0)
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = flag(
+        "raw_logprobs", MODEL, "of output tokens: of the model's own logits, or after penalties, bans and filters"
+    )
     max_logprobs: int = flag(20, LIMITS, "most logprobs per token a request may ask for", low=0, high=1000)
     strict: bool = flag(False, LIMITS, "refuse unknown request fields instead of naming them in x-ignored-params")
 
@@ -225,6 +228,7 @@ class Settings:
             prefix_cache_scope=self.prefix_cache_scope,
             batch_layout=self.batch_layout,
             deterministic=self.deterministic,
+            logprobs_mode=self.logprobs_mode,
             served_model_name=self.served_names[0],
         )
 
@@ -384,7 +388,6 @@ NOT_BUILT = {
     "--ssl-ca-certs": "let a proxy terminate TLS",
     "--queue-timeout": "--request-timeout counts the time in the queue too",
     "--metrics-compat": "metrics have the prefix ropeway_",
-    "--logprobs-mode": "logprobs are those of the model's own logits",
     "--enable-lora": "adapters are not served",
     "--lora-modules": "adapters are not served",
     "--speculative-config": "tokens are decoded one by one",

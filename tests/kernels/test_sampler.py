@@ -326,6 +326,30 @@ def test_logprobs_are_of_the_models_own_logits() -> None:
     assert beyond.top_ids is not None and beyond.top_ids[0].tolist() == [1, 2, 4, 3, 0, 5]
 
 
+def test_processed_logprobs_are_of_what_is_drawn_from() -> None:
+    """Guards `processed_logprobs`: after bias, temperature and filters; what they ban has -inf; greedy rows have no
+    temperature; rows that did not ask cost nothing and disturb nobody."""
+    logits = torch.tensor([[1.0, 3.0, 2.5, 2.0, -1.0, 0.0]]).repeat(4, 1)
+    rows = [
+        SamplingParams(temperature=0, logit_bias={0: 50.0}, logprobs=2),
+        SamplingParams(temperature=0.5, top_k=3, logprobs=6),
+        SamplingParams(temperature=2.0, logprobs=0),
+        SamplingParams(top_k=1),
+    ]
+    state = SamplingState(4, 6, torch.device("cpu"))
+    state.join([RowState(slot, params, [5], []) for slot, params in enumerate(rows)])
+    got = Sampler(state, processed_logprobs=True).sample(logits, torch.arange(4), torch.full((4,), 1))
+    assert got.logprobs is not None and got.top_ids is not None and got.top_logprobs is not None
+    biased = (logits[0] + torch.tensor([50.0, 0, 0, 0, 0, 0])).log_softmax(-1)
+    assert got.top_logprobs[0, :2].tolist() == pytest.approx(biased[[0, 1]].tolist(), abs=1e-5)
+    kept = (logits[0, 1:4] / 0.5).log_softmax(-1)
+    assert got.top_ids[1, :3].tolist() == [1, 2, 3]
+    assert got.top_logprobs[1, :3].tolist() == pytest.approx(kept.tolist(), abs=1e-5)
+    assert got.top_logprobs[1, 3:].isneginf().all()
+    hot = (logits[2] / 2).log_softmax(-1)
+    assert got.logprobs[2].item() == pytest.approx(hot[got.token_ids[2]].item(), abs=1e-5)
+
+
 def test_logits_are_not_changed() -> None:
     """Guards the caller's tensor: a static buffer on a GPU, compared with a reference in tests."""
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(12))

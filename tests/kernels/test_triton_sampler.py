@@ -58,7 +58,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(
-    logits: torch.Tensor, params: list[SamplingParams], steps: int = 1, edits: Mapping[int, Edit] = NO_EDITS
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    steps: int = 1,
+    edits: Mapping[int, Edit] = NO_EDITS,
+    processed: bool = False,
 ) -> list[tuple[Sampled, Sampled]]:
     """(expected, got) of some steps with the same logits [L, V]; row i at slot L - 1 - i, OUTPUT before it."""
     rows = len(params)
@@ -67,7 +71,7 @@ def both(
     states = [SamplingState(rows, logits.shape[1], device) for device in (CPU, DEVICE)]
     for state in states:
         state.join(joins)
-    right, ours = Sampler(states[0]), TritonSampler(states[1])
+    right, ours = Sampler(states[0], processed), TritonSampler(states[1], processed)
     pairs = []
     for step in range(steps):
         positions = torch.full((rows,), 7 + step)
@@ -177,6 +181,16 @@ def test_rows_that_went_wrong(params: SamplingParams) -> None:
     assert got.finite.tolist() == expected.finite.tolist() == [False, False, True, False, False]
     assert got.token_ids[2] == expected.token_ids[2]
     assert all(0 <= token_id < V for token_id in got.token_ids.tolist())
+
+
+@pytest.mark.parametrize("params", [DISTRIBUTIONS, CHANGED], ids=["distributions", "changed"])
+def test_processed_logprobs(params: list[SamplingParams]) -> None:
+    """Guards `processed_logprobs`: what is drawn from, also where the kernels never hold it as a whole."""
+    wanted = [replace(one, logprobs=4) for one in params]
+    for expected, got in both(random_logits(len(params), 6), wanted, steps=2, processed=True):
+        assert got.token_ids.tolist() == expected.token_ids.tolist()
+        for name in ("logprobs", "top_ids", "top_logprobs"):
+            torch.testing.assert_close(getattr(got, name).cpu(), getattr(expected, name), atol=1e-5, rtol=1e-5)
 
 
 def test_logprobs() -> None:
