@@ -70,6 +70,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
     from ropeway.scheduler.grammar import GRAMMAR, Grammars
     from ropeway.scheduler.grammar_edit import GrammarBuilder
     from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
+    from ropeway.scheduler.search_edits import SEARCH_EDITS
     from ropeway.scheduler.text_export import export_text
     from ropeway.scheduler.thinking_budget import THINKING_BUDGET, ThinkingBudgetBuilder
 
@@ -104,6 +105,7 @@ def load_model(config: EngineConfig, text_dir: str, progress: Progress) -> Loade
         GRAMMAR: GrammarBuilder(Grammars(tokenizer.backend_tokenizer.to_str, info.vocab_size)),
         THINKING_BUDGET: ThinkingBudgetBuilder(partial(tokenizer.decode, skip_special_tokens=False)),
         PROCESSORS: ProcessorBuilder(registry, tokenizer, info.vocab_size, info.device),
+        **SEARCH_EDITS,
     }
     on_gpu = info.device.startswith("cuda")
     model_info = ModelInfo(

@@ -6,6 +6,7 @@ temperature, top-k, top-p, min-p or the repetition penalty as options too, and t
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ def option_processors(
     """What goes before a row's own processors, and what goes after them.
 
     Args:
-        options: transformers' names -> values that ask for something; and `bad_words`, a list of texts.
+        options: transformers' names -> values that ask for something; `bad_words`, a list of texts; and `beams`, true
+            where the row is a beam: then a token that goes on is left beside all that end it.
         tokenizer: for `bad_words`.
         vocab_size: width of the logits.
         device: where scores are.
     """
     prompt = torch.tensor([row.prompt_ids], device=device)
+    keep = {"min_tokens_to_keep": len(row.stop_ids) + 1 if options.get("beams") else 1}
     ends = torch.tensor(sorted(row.stop_ids), dtype=torch.int64, device=device)
     after_first = len(row.prompt_ids) == 1 and "forced_bos_token_id" in options
     before: dict[str, Callable[[Any], Processor]] = {
@@ -45,9 +48,11 @@ def option_processors(
         "encoder_no_repeat_ngram_size": lambda size: hf.EncoderNoRepeatNGramLogitsProcessor(size, prompt),
         "bad_words_ids": lambda ids: _without(ids, row.stop_ids),
         "bad_words": lambda words: _without(bad_words_ids(words, tokenizer), row.stop_ids),
+        "min_new_tokens": lambda count: hf.MinNewTokensLengthLogitsProcessor(row.num_prompt, count, ends),
         "forced_bos_token_id": hf.ForcedBOSTokenLogitsProcessor,
         "forced_eos_token_id": lambda ids: hf.ForcedEOSTokenLogitsProcessor(row.max_length, ids, _name(device)),
         "exponential_decay_length_penalty": lambda pair: _Decay(pair, ends, row.num_prompt),
+        "suppress_tokens": lambda ids: hf.SuppressTokensLogitsProcessor(ids, _name(device)),
         "begin_suppress_tokens": lambda ids: hf.SuppressTokensAtBeginLogitsProcessor(
             ids, row.num_prompt + after_first, _name(device)
         ),
@@ -55,15 +60,16 @@ def option_processors(
     after: dict[str, Callable[[Any], Processor]] = {
         "temperature": hf.TemperatureLogitsWarper,
         "top_h": hf.TopHLogitsWarper,
-        "top_k": hf.TopKLogitsWarper,
-        "top_p": hf.TopPLogitsWarper,
-        "min_p": hf.MinPLogitsWarper,
-        "typical_p": hf.TypicalLogitsWarper,
-        "epsilon_cutoff": hf.EpsilonLogitsWarper,
-        "eta_cutoff": lambda value: hf.EtaLogitsWarper(value, device=_name(device)),
+        "top_k": partial(hf.TopKLogitsWarper, **keep),
+        "top_p": partial(hf.TopPLogitsWarper, **keep),
+        "min_p": partial(hf.MinPLogitsWarper, **keep),
+        "typical_p": partial(hf.TypicalLogitsWarper, **keep),
+        "epsilon_cutoff": partial(hf.EpsilonLogitsWarper, **keep),
+        "eta_cutoff": partial(hf.EtaLogitsWarper, device=_name(device), **keep),
         "watermarking_config": lambda config: WatermarkingConfig(**config).construct_processor(vocab_size, device),
+        "renormalize_logits": lambda _: hf.LogitNormalization(),
     }
-    unknown = options.keys() - before.keys() - after.keys()
+    unknown = options.keys() - before.keys() - after.keys() - {"beams"}
     assert not unknown, f"nobody makes {unknown}"
     first, last = (
         [(name, make(options[name])) for name, make in half.items() if name in options] for half in (before, after)

@@ -92,6 +92,8 @@ class RowOutput(msgspec.Struct, array_like=True, gc=False):
     scored: list[ScoredToken] = []
     """Of the next tokens of the prompt, the first of which has none. They come with the first choice, in pieces, before
     any choice's first token."""
+    score: float | None = None
+    """Of a beam search: log-probability / length ** length_penalty; with the whole answer."""
 
 
 class StepOutputs(msgspec.Struct, tag="step"):

@@ -63,8 +63,6 @@ class Draft:
     """Of the spans; counted by `limit`."""
     spans: dict[Row, tuple[int, int]] = field(default_factory=dict)
     """The positions [start, stop) that each row computes, in the order of the rows in the step."""
-    joins: list[RowState] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
     victims: set[Row] = field(default_factory=set)
     """Rows that make room for others: not in this step."""
     oldest: Row | None = None
@@ -107,9 +105,13 @@ class Draft:
 
     def launch(self) -> StepPlan:
         """Advances the rows: from here on the step counts as launched."""
-        parts = []
-        scores = {}
+        parts, joins, copies, scores = [], [], [], {}
         for place, (row, (start, stop)) in enumerate(self.spans.items()):
+            if row.stale:
+                joins.append(RowState(row.state_slot, row.sampling, row.prompt_ids, row.tokens[row.num_prompt :]))
+                if row.copy is not None:
+                    copies.append((row.copy[0], row.block_table[row.copy[1]]))
+                row.stale, row.copy = False, None
             unread = row.in_flight
             sample = stop == len(row.tokens) + unread
             if unread:
@@ -124,5 +126,5 @@ class Draft:
             row.computed = stop
             row.in_flight = unread + sample
             row.place = place
-        step = StepInput(parts, self.joins, self.copies, scores)
+        step = StepInput(parts, joins, copies, scores)
         return StepPlan(list(self.spans), step, self.num_tokens, self.decode_rows)

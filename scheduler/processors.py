@@ -12,6 +12,7 @@ an entry point names is called with the request's `args` and, where its signatur
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -25,10 +26,12 @@ from ropeway.kernels.errors import MAX_ERROR, EditError, LoadError
 from ropeway.kernels.triton_jit import upload
 from ropeway.scheduler.generation_options import option_processors
 from ropeway.scheduler.row import ClientMistake, InvalidRequest, Row
+from ropeway.scheduler.row_edits import RowEdit
 
 PROCESSORS = "processors"
 """Kind of the `EditSpec`; its args: `options` (name -> value, see `option_processors`), `logits_processors` and
-`stopping_criteria` (lists of objects with `name` and `args`)."""
+`stopping_criteria` (lists of objects with `name` and `args`), `stop_strings` (where it is the engine that must know
+them)."""
 TRANSFORMERS_PROCESSORS = (
     "EpsilonLogitsWarper", "EtaLogitsWarper", "MinLengthLogitsProcessor", "MinPLogitsWarper",
     "NoBadWordsLogitsProcessor", "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor",
@@ -40,6 +43,8 @@ TRANSFORMERS_PROCESSORS = (
 index ends the process on a GPU, a table of any size its memory. What they cannot do, the options can."""
 TRANSFORMERS_CRITERIA = ("EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria")
 ZOO = "logits_processor_zoo.transformers"
+WINDOW = 8
+"""Tokens that are decoded beyond those that a stop string may take: a text may change where it begins."""
 Factory = Callable[..., Any]
 
 
@@ -100,7 +105,16 @@ class ProcessorBuilder:
         before, after = option_processors(args.get("options", {}), row, self._tokenizer, self._vocab_size, self._device)
         own = self._named("logits_processors", self._registry.logits_processors, args)
         criteria = self._named("stopping_criteria", self._registry.stopping_criteria, args)
-        return ProcessorEdit([*before, *own, *after], criteria, row.num_prompt, self._device, stateful=bool(own))
+        if stops := args.get("stop_strings", []):
+            criteria.append(("stop", StopText(self._tokenizer, stops, row.num_prompt)))
+        return ProcessorEdit(
+            [*before, *own, *after],
+            criteria,
+            row.num_prompt,
+            self._device,
+            stateful=bool(own),
+            shared=self._tokenizer,
+        )
 
     def _named(self, kind: str, factories: Mapping[str, Factory], spec: dict[str, Any]) -> list[tuple[str, Any]]:
         offered = {
@@ -130,6 +144,22 @@ class ProcessorBuilder:
         return made
 
 
+class StopText:
+    """A criterion: the newest token completes one of the strings in the text of the output."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str], num_prompt: int) -> None:
+        assert tokenizer is not None
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._num_prompt = num_prompt
+        self._window = max(len(stop.encode()) for stop in stops) + WINDOW
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor | None) -> bool:
+        output = ids[0, self._num_prompt :][-self._window :].tolist()
+        text = self._tokenizer.decode(output)
+        return any(stop in text for stop in self._stops)
+
+
 class ProcessorEdit:
     """A row's processors, in order, and its criteria; see `row_edits.RowEdit`.
 
@@ -139,6 +169,7 @@ class ProcessorEdit:
         num_prompt: tokens of the prompt.
         stateful: some may remember their calls: after a crash they are shown the tokens that were sent before, each as
             the only likely one of its step. (transformers' own read the ids alone.)
+        shared: what they may hold that a fork does not copy: the tokenizer.
     """
 
     ready = True
@@ -146,16 +177,19 @@ class ProcessorEdit:
     def __init__(
         self,
         processors: Sequence[tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]],
-        criteria: Sequence[tuple[str, StoppingCriteria]],
+        criteria: Sequence[tuple[str, StoppingCriteria | StopText]],
         num_prompt: int,
         device: torch.device,
         *,
         stateful: bool = False,
+        shared: object = None,
     ) -> None:
         self._processors = processors
         self._criteria = criteria
         self._device = device
         self._unseen_from = num_prompt if stateful else None
+        self._stateful = stateful
+        self._shared = shared
 
     def edit(self, token_ids: Sequence[int], scores: torch.Tensor) -> None:
         """Raises EditError naming the processor that raised, or that gave scores of another shape."""
@@ -197,6 +231,14 @@ class ProcessorEdit:
             except Exception as error:
                 raise EditError(f"The stopping criterion {name} failed: {type(error).__name__}: {error}") from error
         return met[0] if met else None
+
+    def fork(self, row: Row) -> RowEdit:
+        """What remembers its calls goes on from a copy; the rest is a function of the ids."""
+        if not self._stateful:
+            return self
+        forked = copy(self)
+        forked._processors = deepcopy(self._processors, {id(self._shared): self._shared})
+        return forked
 
     def _ids(self, token_ids: Sequence[int]) -> torch.Tensor:
         return upload(torch.tensor([token_ids], dtype=torch.int64), self._device)

@@ -174,4 +174,5 @@ def merge(first: RowOutput, second: RowOutput) -> RowOutput:
         cached_tokens=first.cached_tokens if first.cached_tokens is not None else second.cached_tokens,
         error=second.error,
         scored=first.scored + second.scored,
+        score=second.score,
     )

@@ -12,12 +12,13 @@ Plain data. Three facts are stored, the rest is derived:
 Knows nothing about budgets, queues or memory: `Scheduler` decides, `BlockPool` counts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ropeway.kernels.sampling_params import SamplingParams, wrap_seed
+from ropeway.scheduler.group import Group
 from ropeway.scheduler.messages import AddRequest, EditSpec, FinishReason
 from ropeway.scheduler.row_edits import RowEdit
 
@@ -65,6 +66,10 @@ class Row:
     """[] bool, where its scores are: whether its edits left no token the last time. Waited for when it is read."""
     max_in_flight: int = 1
     """Unread tokens with which the row may be planned; 0 when the host must see each token first."""
+    after: "Row | None" = None
+    """A row of its group whose scores its own edits need: in the same step, or read before."""
+    group: Group = field(init=False)
+    """Its own, or that of the rows with which it belongs together."""
 
     computed: int = 0
     in_flight: int = 0
@@ -78,6 +83,10 @@ class Row:
     """Place in the persistent sampling state; -1 while the row waits."""
     place: int = -1
     """Place in the last step that held the row: where its unread token is found."""
+    stale: bool = False
+    """Whether the device does not know its place, or has another block table for it."""
+    copy: tuple[int, int] | None = None
+    """A block in which its cache begins, and whose copy stands at this place of its own table."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache when the row was first admitted."""
     admitted: float = 0.0
@@ -86,6 +95,9 @@ class Row:
     """When its first token was read."""
     finished: bool = False
     """Nothing more is counted or sent, whatever is still in flight."""
+
+    def __post_init__(self) -> None:
+        self.group = Group((self,))
 
     @property
     def num_prompt(self) -> int:
@@ -141,6 +153,10 @@ class Row:
         if self.emptied is not None and bool(self.emptied):
             return "refused", "Formats, processors and bans of this request together left no token to go on with."
         return "error", error or "The model's logits for this request were not finite numbers."
+
+    def may_go(self, step: "Container[Row]") -> bool:
+        """Whether what it needs of another row is there, or will be in this step."""
+        return self.after is None or self.after in step or not self.after.num_pending
 
     def finish_reason(self) -> FinishReason | None:
         """Whether the last known token ended the row. `min_tokens` come before any stop token."""

@@ -14,16 +14,18 @@ launch order, so blocks and state slots are given back at once.
 Pure Python. Knows no tensors, no sockets and no clock: the caller passes the time.
 """
 
-from bisect import insort
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ropeway.kernels.errors import EditError
 from ropeway.kernels.step import RowState, ScoredToken, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
-from ropeway.scheduler.limits import Limits, check_length
+from ropeway.scheduler.group import Group
+from ropeway.scheduler.groups import check_groups, grouped
+from ropeway.scheduler.limits import Limits
 from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
+from ropeway.scheduler.places import Places
 from ropeway.scheduler.plan import Draft, HeadStart, Reason, StepPlan
 from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, ClientMistake, InvalidRequest, Row, add_edits, rows_of
 from ropeway.scheduler.row_edits import stop_reason
@@ -48,12 +50,12 @@ class Scheduler:
         self.pace = pace or Pace()
         """Whoever measures steps tells it."""
         self.waiting = Waiting()
-        self.running: list[Row] = []
+        self.places = Places(limits.max_num_seqs, pool)
+        self.running = self.places.running
         """In the order of `Row.rank`."""
         self.stats = SchedulerStats()
         self._choices: dict[tuple[int, int], list[Row]] = {}
-        """(owner, request id) -> the choices that are not finished."""
-        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        """(owner, request id) -> the rows that are not finished."""
         self._next_deadline = float("inf")
         """No unfinished row has an earlier one."""
         self._outputs: defaultdict[int, list[RowOutput]] = defaultdict(list)
@@ -65,14 +67,19 @@ class Scheduler:
         rows = rows_of(request, owner, self.limits.max_model_len)
         if not rows or (owner, request.request_id) in self._choices:
             raise InvalidRequest("The engine got a request without choices or with an id in use.")
-        check_length(rows[0], self.limits, self.pool)
+        rows = grouped(request, rows)
+        check_groups(rows, self.limits, self.pool)
         for row in rows:
-            add_edits(row, request.edits, self._builders)
+            add_edits(row, row.group.specs(row, request.edits), self._builders)
         self._choices[owner, request.request_id] = rows
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
+        for row in rows:
+            if row is row.group.rows[0]:  # the head, for all of its group
+                self.waiting.add(row)
         for row in rows.copy():
-            self.waiting.add(row)
+            if row.finished:
+                continue
             if reason := row.finish_reason():  # it had just ended when the engine before this one crashed
                 self._finish(row, reason)
             elif row.num_resumed and (why := self._stop_reason(row)) is not None:
@@ -87,9 +94,10 @@ class Scheduler:
         )
 
     def abort(self, owner: int, request_id: int, choice: int | None = None) -> None:
-        """Drops a choice, or all of them, without a word: in no plan from now on. Unknown ids are no error."""
+        """Drops a choice, or all of them, without a word: in no plan from now on. Unknown ids are no error. Choices
+        that one search finds together are dropped together or not at all."""
         for row in self._choices.get((owner, request_id), []).copy():
-            if choice is None or row.choice == choice:
+            if not row.finished and (choice is None or [choice] == list(row.group.choices)):
                 self._leave(row)
 
     def abort_owner(self, owner: int) -> None:
@@ -120,10 +128,11 @@ class Scheduler:
         decoding: list[Row] = []
         chunks: list[Row] = []
         for row in self.running:
-            (decoding if row.num_pending == 1 else chunks).append(row)
+            if pending := row.num_pending:  # none while it waits for the others of its group
+                (decoding if pending == 1 else chunks).append(row)
         for row in decoding:
             self._carry_on(row, draft)
-        waiting = len(chunks) + min(len(self.waiting), len(self._free_slots))
+        waiting = len(chunks) + min(len(self.waiting), len(self.places.free_slots))
         draft.limit(self.pace.share_beside(len(draft.spans), waiting, draft.tokens_left))
         for row in chunks:
             self._carry_on(row, draft)
@@ -137,7 +146,7 @@ class Scheduler:
         if row in draft.victims:
             return
         num_tokens = row.num_tokens
-        if row.in_flight > row.max_in_flight or num_tokens >= row.max_length:
+        if row.in_flight > row.max_in_flight or num_tokens >= row.max_length or not row.may_go(draft.spans):
             self.stats.reasons["token unread"] += 1
             return
         room = draft.tokens_left if not row.scores_left else draft.room(row)
@@ -153,9 +162,11 @@ class Scheduler:
         missing = self.pool.blocks_for(num_tokens) - len(row.block_table)
         while missing > self.pool.num_available:
             victim = self._victim(row, draft)
-            if victim is not None:
-                draft.drop(victim)
-            if victim is None or victim.in_flight:  # its token is read first; it has no further one in flight then
+            mates = () if victim is None else victim.group.rows
+            for mate in mates:
+                draft.drop(mate)
+            # Their tokens are read first; they have no further ones in flight then.
+            if victim is None or any(mate.in_flight for mate in mates):
                 self.stats.reasons["no free blocks"] += 1
                 return False
             self._preempt(victim)
@@ -164,16 +175,19 @@ class Scheduler:
         return True
 
     def _victim(self, row: Row, draft: Draft) -> Row | None:
-        """The last running row in rank, if `row` comes before it. The oldest row comes before all: it always ends."""
+        """The last running row in rank of another group, if `row` comes before it. The oldest group comes before all:
+        it always ends."""
         oldest = draft.oldest = draft.oldest or min(self.running, key=lambda other: other.age)
-        last = next((other for other in reversed(self.running) if other is not oldest), None)
-        return last if last is not None and (row is oldest or row.rank < last.rank) else None
+        own = row.group, oldest.group
+        last = next((other for other in reversed(self.running) if other.group not in own), None)
+        return last if last is not None and (row.group is oldest.group or row.rank < last.rank) else None
 
     def _preempt(self, row: Row) -> None:
-        """Back to the queue with all known tokens. Its indexed blocks can be found until their memory is wanted."""
-        self._release(row)
-        row.computed = 0
-        self.waiting.add(row)
+        """Its group goes back to the queue with all known tokens. Its indexed blocks can be found until their memory
+        is wanted."""
+        self._release(row.group)
+        row.group.restart()
+        self.waiting.add(row.group.rows[0])
         self.stats.preemptions += 1
         self.stats.reasons["preempted"] += 1
 
@@ -193,7 +207,7 @@ class Scheduler:
 
     def _admit(self, row: Row, draft: Draft) -> Reason | None:
         """Takes a waiting row into the step, or says why not."""
-        if not self._free_slots:
+        if not self.places.has_room(row.group):
             return "row budget"
         if not draft.room(row):
             return draft.why_no_room
@@ -211,7 +225,7 @@ class Scheduler:
         return None
 
     def _leader(self, row: Row) -> Row | None:
-        """The running choice of the same request that has, or will first have, the prompt in the cache; the one that
+        """The running choice of the same request and prompt that has, or will first have, the prompt in the cache; the one that
         scores the prompt, if that is wanted, even before it runs: nothing comes before the prompt's logprobs.
 
         `computed` advances at launch only, so a choice that joins in this very step has nothing to copy from yet.
@@ -219,7 +233,8 @@ class Scheduler:
         choices = self._choices[row.owner, row.request_id]
         if choices[0].scores_left and choices[0] is not row:
             return choices[0]
-        return max((other for other in choices if other.running), key=lambda other: other.computed, default=None)
+        own = (other for other in choices if other.running and other.prompt_ids is row.prompt_ids)
+        return max(own, key=lambda other: other.computed, default=None)
 
     def _head_start(self, row: Row, leader: Row | None) -> HeadStart:
         """The longest of what the prefix cache holds and what the leader can share.
@@ -246,17 +261,24 @@ class Scheduler:
         return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
 
     def _join(self, row: Row, head: HeadStart, draft: Draft) -> None:
-        stop = min(row.num_tokens, head.start + draft.room(row))
-        self.pool.share(head.blocks)
-        own = self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
-        if head.copy_from is not None:
-            draft.copies.append((head.copy_from, own[0]))
-        row.block_table = head.blocks + own
-        row.state_slot = self._free_slots.pop()
-        insort(self.running, row, key=lambda other: other.rank)
-        draft.joins.append(RowState(row.state_slot, row.sampling, row.prompt_ids, row.tokens[row.num_prompt :]))
-        draft.take(row, head.start, stop)
+        self.places.enter(row, head)
+        row.block_table += self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
+        draft.take(row, head.start, min(row.num_tokens, head.start + draft.room(row)))
         self._count_admission(row, head, draft.now)
+
+    def enter(self, row: Row, source: Row | None, num_tokens: int, now: float) -> None:
+        """See `group.Verbs`. What blocks it lacks it gets when it is planned, as any running row."""
+        if source is None:
+            head = self._head_start(row, None)
+        else:
+            full, partial = divmod(num_tokens, self.pool.block_size)
+            copy_from = source.block_table[full] if partial else None
+            head = HeadStart(source.block_table[:full], num_tokens, source, copy_from)
+            row.block_hashes = source.block_hashes[:full]
+            row.num_published = min(source.num_published, full)
+        self.places.enter(row, head)
+        row.computed = head.start
+        self._count_admission(row, head, now)
 
     def _count_admission(self, row: Row, head: HeadStart, now: float) -> None:
         if head.leader is None and self.pool.caching:
@@ -287,8 +309,7 @@ class Scheduler:
                 continue
             if len(row.tokens) // size > row.num_published:
                 self._publish(row)
-            row.tokens.append(output.token_ids[place])
-            self._emit(row, output.logprobs.get(place), now)
+            row.group.take(self, row, output.token_ids[place], output.logprobs.get(place), now)
 
     def _emit_scored(self, row: Row, start: int, scored: list[ScoredToken]) -> None:
         """Sends logprobs of the prompt's tokens behind position `start`, but none that went out before a preemption."""
@@ -307,8 +328,8 @@ class Scheduler:
         self.pool.publish(row.block_table[new], row.block_hashes[new])
         row.num_published = full
 
-    def _emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
-        """Sends the newest token; if it was the last one, the row leaves."""
+    def emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
+        """See `group.Verbs`."""
         self.stats.generation_tokens += 1
         stopped_by = self._stop_reason(row) if row.edits else None
         if row.finished:
@@ -326,6 +347,14 @@ class Scheduler:
             self.stats.ended.append(RowTimes.of(row, now))
             self._leave(row)
 
+    def answer(self, row: Row, outputs: Sequence[RowOutput], now: float) -> None:
+        """See `group.Verbs`."""
+        self._outputs[row.owner].extend(outputs)
+        self.stats.generation_tokens += sum(len(output.token_ids) for output in outputs)
+        row.first_token = now
+        self.stats.ended.append(RowTimes.of(row, now))
+        self._leave(row)
+
     def _stop_reason(self, row: Row) -> str | None:
         """Why one of its edits ends a row with its newest token; if the edit raises, that ends it at once."""
         try:
@@ -335,31 +364,31 @@ class Scheduler:
             return None
 
     def _finish(self, row: Row, reason: FinishReason, error: str | None = None, stop_reason: str | None = None) -> None:
-        """Ends a row without a further token."""
-        output = RowOutput(row.request_id, row.choice, finish_reason=reason, error=error, stop_reason=stop_reason)
-        self._outputs[row.owner].append(output)
+        """Ends a row, and its group, without a further token."""
+        self._outputs[row.owner].extend(
+            RowOutput(row.request_id, choice, finish_reason=reason, error=error, stop_reason=stop_reason)
+            for choice in row.group.choices
+        )
         self._leave(row)
 
     def _leave(self, row: Row) -> None:
-        """Takes a row out for good, wherever it is."""
-        row.finished = True
-        if row.running:
-            self._release(row)
-        else:
-            self.waiting.remove(row)
+        """Takes a row and its group out for good, wherever they are."""
+        if not self._release(row.group):
+            self.waiting.remove(row.group.rows[0])
         choices = self._choices[row.owner, row.request_id]
-        choices.remove(row)
+        for one in row.group.rows:
+            one.finished = True
+            choices.remove(one)
         if not choices:
             del self._choices[row.owner, row.request_id]
 
-    def _release(self, row: Row) -> None:
-        """Gives back what a running row holds. Steps launched from now on may use it."""
-        self.running.remove(row)
-        self.pool.release(row.block_table)
-        row.block_table = []
-        row.num_published = 0
-        self._free_slots.append(row.state_slot)
-        row.state_slot = -1
+    def _release(self, group: Group) -> bool:
+        """Gives back what the group's running rows hold; False if none runs."""
+        running = [row for row in group.rows if row.running]
+        for row in running:
+            self.places.release(row)
+            row.computed = 0
+        return bool(running)
 
     def _drop_expired(self, now: float) -> None:
         """Ends the rows whose deadline has passed, queued ones too."""
@@ -367,7 +396,7 @@ class Scheduler:
             return
         self._next_deadline = float("inf")
         for row in [*self.waiting, *self.running]:
-            if row.deadline is None:
+            if row.deadline is None or row.finished:
                 continue
             if row.deadline <= now:
                 self._finish(row, "timeout", error=f"The request's deadline passed after {row.num_output} tokens.")
@@ -376,11 +405,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts that no block, state slot or row is lost or held twice. Costs time in proportion to all blocks."""
-        self.pool.check_integrity(row.block_table for row in self.running)
-        slots = [row.state_slot for row in self.running]
-        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "state slots do not add up"
+        self.places.check_integrity()
         rows = [*self.waiting, *self.running]
-        assert {id(row) for row in rows} == {id(row) for choices in self._choices.values() for row in choices}
-        assert self.running == sorted(self.running, key=lambda row: row.rank), "running rows are out of order"
-        assert all(row.running and not row.finished for row in self.running)
+        known = {id(row) for choices in self._choices.values() for row in choices}
+        assert {id(mate) for row in rows for mate in row.group.rows} == known
         assert not any(row.running or row.finished or row.block_table or row.computed for row in self.waiting)
+        heads = {id(row.group.rows[0]) for row in self.running}
+        assert not any(id(row) in heads for row in self.waiting), "a group runs and waits"

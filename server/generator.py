@@ -161,6 +161,7 @@ class _Choice:
     def _end(self, row: RowOutput, delta: ChoiceDelta) -> None:
         """The engine ended the row."""
         self._release(delta)
+        delta.score = row.score
         delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
         if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
             delta.stop_reason = row.stop_token_id
@@ -370,7 +371,11 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
             choice.logprobs += delta.logprobs
             choice.prompt_logprobs += delta.prompt_logprobs
             choice.cached_tokens += delta.cached_tokens
-            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            choice.finish_reason, choice.stop_reason, choice.score = (
+                delta.finish_reason,
+                delta.stop_reason,
+                delta.score,
+            )
     for index, choice in whole.items():
         choice.text = "".join(texts[index])
     return [whole[index] for index in sorted(whole)]

@@ -41,7 +41,6 @@ MEANINGLESS = {
     "output_scores": "ask for `logprobs`",
     "pad_token_id": "nothing is padded",
     "remove_invalid_values": "a row whose logits are not finite ends with an error of its own",
-    "renormalize_logits": "probabilities always add up to 1 here",
     "return_dict_in_generate": "answers are JSON",
     "transformers_version": "says who wrote a file",
     "use_cache": "the KV cache is always used",
@@ -180,7 +179,9 @@ def means_sampling(layer: Mapping[str, Any]) -> bool | None:
         return bool(layer["do_sample"])
     if layer.get("temperature") is not None:
         return bool(layer["temperature"] >= GREEDY_BELOW)
-    return True if any(layer.get(name, off[0]) not in off for name, off in OFF.items()) else None
+    if any(layer.get(name, off[0]) not in off for name, off in OFF.items()):
+        return True
+    return False if (layer.get("num_beams") or 1) > 1 else None  # beams are drawn only where that is said
 
 
 def legal(config: Mapping[str, Any]) -> dict[str, Any]:

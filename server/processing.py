@@ -14,6 +14,8 @@ from ropeway.server.sampling_fields import Named, SamplingFields
 
 KIND = "processors"
 """Of the `EditSpec`: see `scheduler/processors.py`, which this process cannot import."""
+BEAMS, GUIDANCE = "beams", "guidance"
+"""Likewise: see `scheduler/beam.py` and `scheduler/guidance.py`."""
 MAX_NAMES_SHOWN = 50
 _OFF: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (),
@@ -31,6 +33,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
 """Options of any row -> values that do nothing (null and empties never do)."""
 _WARPERS: dict[str, tuple[Any, ...]] = {"typical_p": (1,), "top_h": (), "epsilon_cutoff": (0,), "eta_cutoff": (0,)}
 """Options of rows that sample."""
+_NATIVE: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""What the sampler does with rows that sample -> where it is off."""
 _BEFORE_REPETITION = {"sequence_bias", "encoder_repetition_penalty"}
 """What transformers applies before the repetition penalty."""
 _AFTER_TEMPERATURE = {*_WARPERS, "watermarking_config"}
@@ -41,16 +45,17 @@ def processing(
 ) -> tuple[SamplingParams, list[EditSpec]]:
     """The sampler's parameters, without what moves into the row's edits; and those edits.
 
-    Raises: ApiError 400 for names that the engine does not have.
+    Raises: ApiError 400 for names that the engine does not have, and for what does not go together.
     """
+    if fields.searches or fields.guided:
+        return _search(fields, params, info)
     options = _asked(fields, _OFF)
     changes: dict[str, Any] = {}
     if params.temperature > 0:
         options |= _asked(fields, _WARPERS)
         if options.keys() & _AFTER_TEMPERATURE:
-            native = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-            changes |= native
-            options |= {name: value for name in native if (value := getattr(params, name)) != native[name]}
+            changes |= _NATIVE
+            options |= {name: value for name, off in _NATIVE.items() if (value := getattr(params, name)) != off}
     if options.keys() & _BEFORE_REPETITION and params.repetition_penalty != 1:
         options["repetition_penalty"] = params.repetition_penalty
         changes["repetition_penalty"] = 1.0
@@ -60,6 +65,62 @@ def processing(
         return params, []
     args = {"options": options, "logits_processors": processors, "stopping_criteria": criteria}
     return replace(params, **changes), [EditSpec(KIND, args)]
+
+
+def _search(
+    fields: SamplingFields, params: SamplingParams, info: ModelInfo
+) -> tuple[SamplingParams, list[EditSpec]]:
+    """As `processing`, for rows whose processors act on log-probabilities: nothing of transformers' stays with the
+    sampler but what comes after guidance."""
+    _check_search(fields, params, info)
+    suppressed = set(fields.suppress_tokens or ())
+    bias = {id: value for id, value in params.logit_bias.items() if id not in suppressed}
+    options = _asked(fields, _OFF | {"suppress_tokens": ()})
+    options |= {"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1 else {}
+    options |= {"min_new_tokens": params.min_tokens} if params.min_tokens else {}
+    params = replace(params, logit_bias=bias, repetition_penalty=1.0, min_tokens=0)
+    criteria = _named(fields.stopping_criteria, info.stopping_criteria, "stopping_criteria")
+    args: dict[str, Any] = {
+        "options": options,
+        "logits_processors": _named(fields.logits_processors, info.logits_processors, "logits_processors"),
+        "stopping_criteria": criteria,
+    }
+    if params.temperature > 0:
+        options |= _asked(fields, _WARPERS)
+        if fields.searches or options.keys() & _AFTER_TEMPERATURE:
+            options |= {name: value for name, off in _NATIVE.items() if (value := getattr(params, name)) != off}
+            params = replace(params, **_NATIVE)
+    if not fields.searches:
+        guidance = {"scale": fields.guidance_scale, "negative_prompt_ids": fields.negative_prompt_ids or []}
+        return params, [EditSpec(GUIDANCE, guidance), EditSpec(KIND, args)]
+    options |= {"beams": True} | _asked(fields, {"renormalize_logits": (False,)})
+    args["stop_strings"] = list(fields.stops)
+    if fields.max_time is not None:
+        criteria.append({"name": "MaxTimeCriteria", "args": {"max_time": fields.max_time}})
+    beams = {
+        "num_beams": fields.num_beams,
+        "length_penalty": 1.0 if fields.length_penalty is None else fields.length_penalty,
+        "early_stopping": fields.early_stopping or False,
+        "do_sample": params.temperature > 0,
+    }
+    return replace(params, temperature=0.0), [EditSpec(KIND, args), EditSpec(BEAMS, beams)]
+
+
+def _check_search(fields: SamplingFields, params: SamplingParams, info: ModelInfo) -> None:
+    """Raises: ApiError 400 for what a beam search, or guidance, cannot do."""
+    name = "num_beams" if fields.searches else "guidance_scale"
+    if fields.searches and fields.guided:
+        raise invalid("guidance_scale must be 1 with num_beams above 1.", "guidance_scale")
+    if fields.searches and fields.choices > (fields.num_beams or 1):
+        raise invalid(f"n must be at most num_beams, which is {fields.num_beams}.", "n")
+    if fields.rows // fields.choices > info.max_num_seqs:
+        rows = fields.rows // fields.choices
+        raise invalid(f"{name} takes {rows} rows of the batch at a time, which has {info.max_num_seqs}.", name)
+    for penalty in ("frequency_penalty", "presence_penalty"):
+        if getattr(params, penalty):
+            raise invalid(f"{penalty} must be 0 with {name}; repetition_penalty works.", penalty)
+    if fields.searches and params.logprobs is not None:
+        raise invalid("logprobs must be absent with num_beams above 1: answers have a sequence_score.", "logprobs")
 
 
 def _asked(fields: SamplingFields, off: dict[str, tuple[Any, ...]]) -> dict[str, Any]:

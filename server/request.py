@@ -72,3 +72,5 @@ class ChoiceDelta:
     the token limit."""
     cached_tokens: int = 0
     """With the first delta of a choice: prompt tokens that the prefix cache held."""
+    score: float | None = None
+    """Of a beam search, with the last delta: log-probability / length ** length_penalty."""

@@ -74,6 +74,7 @@ def check_fields_ids(fields: SamplingFields, vocab_size: int) -> None:
     for name in ("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         ids = getattr(fields, name)
         check_ids([ids] if isinstance(ids, int) else ids or [], vocab_size, name)
+    check_ids(fields.negative_prompt_ids or [], vocab_size, "negative_prompt_ids")
     for ids in fields.bad_words_ids or []:
         check_ids(ids, vocab_size, "bad_words_ids")
     for ids, _ in fields.sequence_bias or []:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ropeway.server.errors import ApiError, invalid
 
 MAX_CHOICES = 128
+MAX_BEAMS = 64
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
 MAX_LISTED_IDS = 1024
 MAX_SEQUENCES, MAX_SEQUENCE_IDS = 128, 64
@@ -45,15 +46,11 @@ UNBUILT: dict[str, tuple[Any, ...]] = {
     "custom_generate": (),
     "diversity_penalty": (0,),
     "dola_layers": (),
-    "early_stopping": (False,),
     "echo": (False,),
     "force_words_ids": (),
     "function_call": ("none", "auto"),
     "functions": (),
-    "guidance_scale": (1,),
-    "length_penalty": (1,),
     "num_beam_groups": (1,),
-    "num_beams": (1,),
     "penalty_alpha": (0,),
     "prompt_logprobs": (),
     "prompt_lookup_num_tokens": (),
@@ -204,6 +201,15 @@ class SamplingFields(BaseModel):
     min_length: int | None = _number("an integer of at least 0: tokens of prompt and output", ge=0)
     n: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
     num_return_sequences: int | None = _number(f"an integer from 1 to {MAX_CHOICES}", ge=1, le=MAX_CHOICES)
+    num_beams: int | None = _number(f"an integer from 1 (off) to {MAX_BEAMS}", ge=1, le=MAX_BEAMS)
+    length_penalty: float | None = _number("a number from -10 to 10 (1 by default)", ge=-10, le=10)
+    early_stopping: bool | Literal["never"] | None = _number('true, false or "never"')
+    renormalize_logits: bool | None = _number(
+        "true or false: whether beams are compared by probabilities that add up to 1; without beams they always do"
+    )
+    guidance_scale: float | None = _number("a number from -100 to 100 (1 is off)", ge=-100, le=100)
+    negative_prompt: str | None = _number("a string: with guidance_scale, the text to lead away from", min_length=1)
+    negative_prompt_ids: IdList | None = _number("a list of token ids, in place of negative_prompt", min_length=1)
     do_sample: bool | None = _number("true (sampling) or false (greedy)")
     generation_config: Annotated[
         dict[str, Any] | Annotated[str, Field(max_length=MAX_CONFIG_CHARS)] | None, BeforeValidator(_short)
@@ -294,6 +300,8 @@ class SamplingFields(BaseModel):
                 raise invalid(f"{name} must hold at most {MAX_LISTED_IDS} token ids.", name)
         if self.n is not None and self.num_return_sequences not in (None, self.n):
             raise invalid("num_return_sequences must equal n where both are given.", "num_return_sequences")
+        if self.negative_prompt and self.negative_prompt_ids:
+            raise invalid("negative_prompt_ids cannot stand beside negative_prompt.", "negative_prompt_ids")
         if self.do_sample is False:
             self._idle += [name for name in ("temperature", *OFF) if self._shapes(name)]
         self._idle += [name for name in self.unused if getattr(self, name)]
@@ -321,10 +329,36 @@ class SamplingFields(BaseModel):
         """Adds to `ignored`."""
         self._idle += names
 
+    def idle_beside(self) -> list[str]:
+        """Names of fields that ask for something which another field, with its default filled in, leaves without
+        effect."""
+        names: dict[str, bool] = {
+            "length_penalty": not self.searches and self.length_penalty != 1,
+            "early_stopping": not self.searches,
+            "negative_prompt": not self.guided,
+            "negative_prompt_ids": not self.guided and not self.negative_prompt,
+        }
+        return [name for name, idle in names.items() if idle and getattr(self, name)]
+
     @property
     def choices(self) -> int:
         """Answers per prompt, 1 by default."""
         return self.n or self.num_return_sequences or 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether answers are found by beam search."""
+        return (self.num_beams or 1) > 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether each answer is led away from a negative prompt."""
+        return self.guidance_scale not in (None, 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that a prompt takes."""
+        return self.num_beams or 1 if self.searches else self.choices * (1 + self.guided)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def create_router(services: Services) -> APIRouter:
     async def create_chat_completion(request: Request, body: Annotated[Any, Body()]) -> Response:
         fields = read_fields(services, ChatFields, body)
         fields.check()
-        record = services.begin(request.scope, fields.choices)
+        record = services.begin(request.scope, fields.choices, rows=fields.rows)
+        fields = await with_negative_ids(services, fields)
         talk = fields.conversation
         prompt = await encode_conversation(services, talk)
         fields.ignore(prompt.ignored)

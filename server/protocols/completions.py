@@ -19,6 +19,7 @@ from ropeway.server.protocols.shared import (
     generation_request,
     read_fields,
     structure_edits,
+    with_negative_ids,
 )
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import SamplingFields
@@ -85,7 +86,10 @@ def create_router(services: Services) -> APIRouter:
         fields = read_fields(services, CompletionFields, body)
         fields.check()
         prompts = fields.prompts()
-        record = services.begin(request.scope, fields.choices * len(prompts))
+        record = services.begin(
+            request.scope, fields.choices * len(prompts), rows=fields.rows * len(prompts)
+        )
+        fields = await with_negative_ids(services, fields)
         ids = [await encode_prompt(services, prompt, fields) for prompt in prompts]
         record.settle(sum(map(len, ids)))
         plans = [

@@ -34,7 +34,8 @@ async def converse(
 
     Raises: ApiError 400; 503 when the queue is full or the engine takes nothing.
     """
-    record = services.begin(request.scope, 1)
+    record = services.begin(request.scope, 1, rows=fields.rows)
+    fields = await with_negative_ids(services, fields)
     prompt = await encode_conversation(services, talk)
     fields.ignore([renamed.get(name, name) for name in prompt.ignored])
     fields.ignore([name for name in ("n", "num_return_sequences") if getattr(fields, name) not in (None, 1)])

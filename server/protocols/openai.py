@@ -28,8 +28,9 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 
 def end_fields(delta: ChoiceDelta) -> dict[str, Any]:
-    """How a choice ended: OpenAI's reason, and beside it what exactly ended it."""
-    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+    """How a choice ended: OpenAI's reason, and beside it what exactly ended it; of a beam search, its score."""
+    score = {} if delta.score is None else {"sequence_score": delta.score}
+    return {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason, **score}
 
 
 @dataclass(slots=True, frozen=True)

@@ -41,7 +41,9 @@ def read_fields(services: Services, kind: type[AnyFields], body: Any, *, samples
     fields = kind.parse(body, services.settings.strict)
     services.check_model(fields.model)
     services.require_ready()
-    return services.presets.fill(fields, samples=samples, strict=services.settings.strict)
+    fields = services.presets.fill(fields, samples=samples, strict=services.settings.strict)
+    fields.ignore(fields.idle_beside())
+    return fields
 
 
 def check_could_fit(services: Services, characters: int, param: str) -> None:
@@ -64,6 +66,15 @@ async def encode_prompt(
     if fields.truncate_prompt_tokens is None:
         check_could_fit(services, len(prompt), param)
     return await services.tokenizer.encode([prompt], add_special_tokens=True)
+
+
+async def with_negative_ids(services: Services, fields: AnyFields) -> AnyFields:
+    """The fields, a text to lead away from tokenized. Raises: ApiError 400 for one that is far too long."""
+    if not fields.negative_prompt:
+        return fields
+    check_could_fit(services, len(fields.negative_prompt), "negative_prompt")
+    ids = await services.tokenizer.encode([fields.negative_prompt], add_special_tokens=True)
+    return fields.model_copy(update={"negative_prompt_ids": ids})
 
 
 def generation_request(
@@ -151,7 +162,8 @@ async def start(
     Raises: ApiError 400; 503 when the queue is full or the engine takes nothing.
     """
     try:
-        record = services.begin(request.scope, fields.choices)
+        record = services.begin(request.scope, fields.choices, rows=fields.rows)
+        fields = await with_negative_ids(services, fields)
     except BaseException:
         encoding.close()
         raise

@@ -140,7 +140,7 @@ class Run:
             now += 1
             assert now < 3000, "the engine does not come to an end"
         assert self.pool.usage == 0 and self.scheduler.num_unfinished == 0
-        assert len(self.scheduler._free_slots) == self.scenario.max_num_seqs
+        assert len(self.scheduler.places.free_slots) == self.scenario.max_num_seqs
         assert all(flight.was_read for flight in self.runner.flights)
         self.preemptions += self.scheduler.stats.preemptions
 
