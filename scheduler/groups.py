@@ -17,7 +17,7 @@ def grouped(request: AddRequest, rows: list[Row]) -> list[Row]:
     """All rows of a request; `rows` are its choices. Raises InvalidRequest."""
     for spec in request.edits:
         if spec.kind in GROUPING:
-            if request.num_scored is not None:
+            if request.sampling.prompt_logprobs is not None:
                 raise ClientMistake("Logprobs of the prompt cannot be had with num_beams or guidance_scale.")
             rows = GROUPING[spec.kind](spec.args, rows)
     return rows

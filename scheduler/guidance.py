@@ -35,7 +35,7 @@ class GuidedGroup(Group):
 
     def take(self, verbs: Verbs, row: Row, token_id: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """A token of the unconditional row means nothing but that its scores are there."""
-        unconditional, guided = self.rows
+        guided = self.rows[1]
         if row is guided:
             for one in self.rows:
                 one.tokens.append(token_id)

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ropeway.kernels.errors import EditError
-from ropeway.kernels.step import RowState, ScoredToken, StepOutput, TokenLogprobs
+from ropeway.kernels.step import ScoredToken, StepOutput, TokenLogprobs
 from ropeway.scheduler.blocks import BlockPool
 from ropeway.scheduler.group import Group
 from ropeway.scheduler.groups import check_groups, grouped

@@ -1,4 +1,7 @@
-"""Edits of rows that form groups: what beams report, and guidance. See `row_edits.RowEdit`, `beam.py`, `guidance.py`."""
+"""Edits of rows that form groups: what beams report, and guidance.
+
+See `row_edits.RowEdit`, `beam.py` and `guidance.py`.
+"""
 
 from collections.abc import Sequence
 from typing import Any

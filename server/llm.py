@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from ropeway.scheduler.lone_engine import LoneEngine
 from ropeway.scheduler.request_stream import EngineFailed
@@ -48,6 +48,8 @@ class Result:
     finish_reason: str
     """stop (an end token came) or length."""
     prompt_token_ids: list[int]
+    score: float | None = None
+    """Of a beam search: log-probability / length ** length_penalty."""
 
 
 class LLM:
@@ -95,8 +97,8 @@ class LLM:
             prompts: one text or several.
             max_new_tokens: per answer.
             sampling: do_sample, temperature, top_k (50 unless said), top_p, min_p, repetition_penalty,
-                num_return_sequences, eos_token_id (one or several, instead of the model's), seed; as in transformers'
-                GenerationConfig. The answers to one prompt have different seeds.
+                num_return_sequences, num_beams, length_penalty, early_stopping, guidance_scale, negative_prompt_ids,
+                eos_token_id (one or several, instead of the model's), seed; as in transformers' GenerationConfig. The answers to one prompt have different seeds.
 
         Returns: `num_return_sequences` results per prompt, prompt by prompt.
 
@@ -199,7 +201,7 @@ class LLM:
             generation.close(outcome)
         owners = [request for request in requests for _ in range(request.n)]
         return [
-            Result(choice.text, choice.token_ids, choice.finish_reason or "length", request.prompt_ids)
+            Result(choice.text, choice.token_ids, choice.finish_reason or "length", request.prompt_ids, choice.score)
             for choice, request in zip(choices, owners, strict=True)
         ]
 
@@ -228,6 +230,11 @@ class LLM:
         num_return_sequences: int = 1,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt_ids: list[int] | None = None,
     ) -> GenerationRequest:
         """transformers' words in the server's own. Raises: ApiError 400."""
         config = Presets(self._tokenizer.presets, self._settings.generation_config).defaults
@@ -241,6 +248,11 @@ class LLM:
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "n": num_return_sequences,
+                "num_beams": num_beams,
+                "length_penalty": length_penalty,
+                "early_stopping": early_stopping,
+                "guidance_scale": guidance_scale,
+                "negative_prompt_ids": negative_prompt_ids,
                 "seed": seed if seed is not None else self._settings.seed,
                 "ignore_eos": eos_token_id is not None,
                 "stop_token_ids": [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id,

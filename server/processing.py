@@ -67,9 +67,7 @@ def processing(
     return replace(params, **changes), [EditSpec(KIND, args)]
 
 
-def _search(
-    fields: SamplingFields, params: SamplingParams, info: ModelInfo
-) -> tuple[SamplingParams, list[EditSpec]]:
+def _search(fields: SamplingFields, params: SamplingParams, info: ModelInfo) -> tuple[SamplingParams, list[EditSpec]]:
     """As `processing`, for rows whose processors act on log-probabilities: nothing of transformers' stays with the
     sampler but what comes after guidance."""
     _check_search(fields, params, info)

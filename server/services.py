@@ -109,7 +109,8 @@ class Services:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def begin(self, scope: MutableMapping[str, Any], n: int, prompt_tokens: int = 0, rows: int = 0) -> RequestRecord:
-        """Admits a request of n choices, which take so many rows (n unless given); `prompt_tokens` is an upper bound, if one is known before tokenizing.
+        """Admits a request of n choices, which take so many rows (n unless given); `prompt_tokens` is an upper bound,
+        if one is known before tokenizing.
 
         If its route fails before there is an answer, `JsonRoute` ends it: slots and rows are free again.
 

@@ -86,9 +86,7 @@ def create_router(services: Services) -> APIRouter:
         fields = read_fields(services, CompletionFields, body)
         fields.check()
         prompts = fields.prompts()
-        record = services.begin(
-            request.scope, fields.choices * len(prompts), rows=fields.rows * len(prompts)
-        )
+        record = services.begin(request.scope, fields.choices * len(prompts), rows=fields.rows * len(prompts))
         fields = await with_negative_ids(services, fields)
         ids = [await encode_prompt(services, prompt, fields) for prompt in prompts]
         record.settle(sum(map(len, ids)))
