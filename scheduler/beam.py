@@ -288,7 +288,7 @@ def beam_rows(args: dict[str, Any], rows: list[Row]) -> list[Row]:
     beams = [
         replace(
             base, choice=beam, sampling=replace(base.sampling, seed=wrap_seed(base.sampling.seed + beam)),
-            tokens=list(base.prompt_ids), num_resumed=0, max_in_flight=0,
+            tokens=list(base.prompt_ids), num_resumed=0, max_in_flight=0, block_table=[], block_hashes=[],
         )
         for beam in range(count)
     ]  # fmt: skip

@@ -36,6 +36,6 @@ def check_groups(rows: Sequence[Row], limits: Limits, pool: BlockPool) -> None:
     needed = group.most_blocks(pool)
     if needed > pool.num_usable:
         raise ClientMistake(
-            f"The {len(group.rows)} rows of this request may need {needed} KV cache blocks of {pool.block_size} tokens, "
-            f"but there are only {pool.num_usable}; ask for fewer tokens."
+            f"The {len(group.rows)} rows of this request may need {needed} KV cache blocks of {pool.block_size} "
+            f"tokens, but there are only {pool.num_usable}; ask for fewer tokens."
         )

@@ -58,6 +58,8 @@ def guided_rows(args: dict[str, Any], rows: list[Row]) -> list[Row]:
             max_length=len(negative) + row.max_length - row.num_prompt,
             tokens=negative + row.tokens[row.num_prompt :],
             max_in_flight=0,
+            block_table=[],
+            block_hashes=[],
         )
         row.after, row.max_in_flight = unconditional, 0
         unconditional.group = row.group = GuidedGroup([unconditional, row])

@@ -27,6 +27,7 @@ from ropeway.scheduler.messages import AddRequest, FinishReason, RowOutput
 from ropeway.scheduler.pace import Pace
 from ropeway.scheduler.places import Places
 from ropeway.scheduler.plan import Draft, HeadStart, Reason, StepPlan
+from ropeway.scheduler.prefixes import Prefixes
 from ropeway.scheduler.row import NO_BUILDERS, BuildEdit, ClientMistake, InvalidRequest, Row, add_edits, rows_of
 from ropeway.scheduler.row_edits import stop_reason
 from ropeway.scheduler.scheduler_stats import RowTimes, SchedulerStats
@@ -51,6 +52,7 @@ class Scheduler:
         """Whoever measures steps tells it."""
         self.waiting = Waiting()
         self.places = Places(limits.max_num_seqs, pool)
+        self.prefixes = Prefixes(pool, per_key=limits.prefix_cache_scope == "key")
         self.running = self.places.running
         """In the order of `Row.rank`."""
         self.stats = SchedulerStats()
@@ -216,7 +218,7 @@ class Scheduler:
         leader = self._leader(row)
         if leader is not None and not leader.holds_prompt:
             return "leader prefilling"
-        head = self._head_start(row, leader)
+        head = self.prefixes.head_start(row, leader)
         # It takes the blocks of all its tokens and leaves each running row its next one, or it would soon be preempted.
         needed = self.pool.blocks_for(row.num_tokens) - len(head.blocks) + len(self.running)
         if needed > self.pool.num_available - self.pool.num_unowned(head.blocks):
@@ -225,8 +227,8 @@ class Scheduler:
         return None
 
     def _leader(self, row: Row) -> Row | None:
-        """The running choice of the same request and prompt that has, or will first have, the prompt in the cache; the one that
-        scores the prompt, if that is wanted, even before it runs: nothing comes before the prompt's logprobs.
+        """The running choice of the same request and prompt that has, or will first have, the prompt in the cache; the
+        one that scores the prompt, if that is wanted, even before it runs: nothing comes before the prompt's logprobs.
 
         `computed` advances at launch only, so a choice that joins in this very step has nothing to copy from yet.
         """
@@ -236,30 +238,6 @@ class Scheduler:
         own = (other for other in choices if other.running and other.prompt_ids is row.prompt_ids)
         return max(own, key=lambda other: other.computed, default=None)
 
-    def _head_start(self, row: Row, leader: Row | None) -> HeadStart:
-        """The longest of what the prefix cache holds and what the leader can share.
-
-        The last token is always computed, into a block of the row's own. A fork computes its last prompt token again,
-        so that it samples its first token from its own logits with its own seed:
-
-            leader   | full | full | full | pa......  |      num_prompt - 1 = 3 blocks + 2 tokens
-            fork     | same | same | same | copy, then its own tokens
-        """
-        if row.scores_left:
-            return HeadStart([], 0)
-        size = self.pool.block_size
-        self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
-        cached = self.pool.find(row.block_hashes[: (row.num_tokens - 1) // size])
-        if leader is None or len(cached) * size >= row.num_prompt:
-            return HeadStart(cached, len(cached) * size)
-        full, partial = divmod(row.num_prompt - 1, size)
-        copy_from = leader.block_table[full] if partial else None
-        return HeadStart(leader.block_table[:full], row.num_prompt - 1, leader, copy_from)
-
-    def _labels(self, row: Row) -> tuple[str, str]:
-        """What two rows must agree on before they may share a cached prefix."""
-        return row.key_id if self.limits.prefix_cache_scope == "key" else "", row.cache_salt
-
     def _join(self, row: Row, head: HeadStart, draft: Draft) -> None:
         self.places.enter(row, head)
         row.block_table += self.pool.allocate(self.pool.blocks_for(row.num_tokens) - len(head.blocks))
@@ -268,14 +246,8 @@ class Scheduler:
 
     def enter(self, row: Row, source: Row | None, num_tokens: int, now: float) -> None:
         """See `group.Verbs`. What blocks it lacks it gets when it is planned, as any running row."""
-        if source is None:
-            head = self._head_start(row, None)
-        else:
-            full, partial = divmod(num_tokens, self.pool.block_size)
-            copy_from = source.block_table[full] if partial else None
-            head = HeadStart(source.block_table[:full], num_tokens, source, copy_from)
-            row.block_hashes = source.block_hashes[:full]
-            row.num_published = min(source.num_published, full)
+        fork = self.prefixes.fork
+        head = self.prefixes.head_start(row, None) if source is None else fork(row, source, num_tokens)
         self.places.enter(row, head)
         row.computed = head.start
         self._count_admission(row, head, now)
@@ -308,7 +280,7 @@ class Scheduler:
                 self._finish(row, *row.why_no_token(output.errors.get(place)))
                 continue
             if len(row.tokens) // size > row.num_published:
-                self._publish(row)
+                self.prefixes.publish(row)
             row.group.take(self, row, output.token_ids[place], output.logprobs.get(place), now)
 
     def _emit_scored(self, row: Row, start: int, scored: list[ScoredToken]) -> None:
@@ -317,16 +289,6 @@ class Scheduler:
         if new and not row.finished:
             row.scores_left -= len(new)
             self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, scored=new))
-
-    def _publish(self, row: Row) -> None:
-        """Makes the full blocks findable that the step just read has completed: they hold `tokens`, and are sound."""
-        if not self.pool.caching:
-            return
-        full = len(row.tokens) // self.pool.block_size
-        self.pool.extend_hashes(row.block_hashes, row.tokens, self._labels(row))
-        new = slice(row.num_published, full)
-        self.pool.publish(row.block_table[new], row.block_hashes[new])
-        row.num_published = full
 
     def emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
         """See `group.Verbs`."""

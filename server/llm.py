@@ -98,7 +98,8 @@ class LLM:
             max_new_tokens: per answer.
             sampling: do_sample, temperature, top_k (50 unless said), top_p, min_p, repetition_penalty,
                 num_return_sequences, num_beams, length_penalty, early_stopping, guidance_scale, negative_prompt_ids,
-                eos_token_id (one or several, instead of the model's), seed; as in transformers' GenerationConfig. The answers to one prompt have different seeds.
+                eos_token_id (one or several, instead of the model's), seed; as in transformers' GenerationConfig. The
+                answers to one prompt have different seeds.
 
         Returns: `num_return_sequences` results per prompt, prompt by prompt.
 

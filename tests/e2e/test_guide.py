@@ -98,8 +98,8 @@ def test_common_options(server: RunningServer, reference: Reference) -> None:
     assert complete(server, "A sequence of numbers: 1, 2", max_tokens=30, temperature=0.01, seed=5) == text
 
 
-def test_beam_search_is_refused_in_words(server: RunningServer) -> None:
+def test_beam_groups_are_refused_in_words(server: RunningServer) -> None:
     """Guards against silence: what is not there yet says so and names the field."""
     with pytest.raises(openai.BadRequestError) as caught:
-        server.openai().completions.create(model="", prompt="1, 2", extra_body={"num_beams": 4})
-    assert caught.value.param == "num_beams"
+        server.openai().completions.create(model="", prompt="1, 2", extra_body={"num_beam_groups": 4})
+    assert caught.value.param == "num_beam_groups"

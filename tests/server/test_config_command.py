@@ -24,15 +24,19 @@ def test_save_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     """Guards the way round: what is saved is shown, read by the server, and by transformers' own names."""
     name = "brief_generation_config"
     assert run("save", str(tmp_path), "--name", name, "max_new_tokens=50", "do_sample=True", "eos_token_id=[1, 2]") == 0
-    assert run("save", str(tmp_path), "--name", name, "do_sample=null", "num_beams=4") == 0
+    assert run("save", str(tmp_path), "--name", name, "do_sample=null", "num_beam_groups=4") == 0
     config = json.loads((tmp_path / f"{name}.json").read_text())
-    assert config == {"max_new_tokens": 50, "eos_token_id": [1, 2], "num_beams": 4}
+    assert config == {"max_new_tokens": 50, "eos_token_id": [1, 2], "num_beam_groups": 4}
     fields = SamplingFields.parse({"generation_config": {"max_new_tokens": config["max_new_tokens"]}})
     assert Presets({f"{name}.json": config}).fill(fields).most_tokens(1) == 50
     capsys.readouterr()
     assert run("show", str(tmp_path)) == 0
     shown = capsys.readouterr().out
-    assert f"{name}.json" in shown and '"max_new_tokens": 50' in shown and "Not done by this server: num_beams" in shown
+    assert (
+        f"{name}.json" in shown
+        and '"max_new_tokens": 50' in shown
+        and "Not done by this server: num_beam_groups" in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_prompts_share_a_batch(llm: LLM) -> None:
         ({"max_new_tokens": 0}, ValueError, "max_tokens must be"),
         ({"max_new_tokens": 10**6}, ValueError, "maximum context length"),
         ({"eos_token_id": 10**9}, ValueError, "token ids from 0"),
-        ({"num_beams": 4}, TypeError, "num_beams"),
+        ({"num_beam_groups": 2}, TypeError, "num_beam_groups"),
     ],
 )
 def test_wrong_arguments(llm: LLM, arguments: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -99,8 +99,8 @@ def test_generation_config_of_a_request(shape: Any) -> None:
 def test_generation_config_is_checked() -> None:
     """Guards its entries like fields: the error names the entry; unknown ones are named, or refused with --strict."""
     assert refusal({"generation_config": {"temperature": -1}}).param == "generation_config.temperature"
-    error = refusal({"generation_config": {"num_beams": 4}})
-    assert error.code == "unsupported_parameter" and error.message.startswith("generation_config.num_beams")
+    error = refusal({"generation_config": {"num_beam_groups": 4}})
+    assert error.code == "unsupported_parameter" and error.message.startswith("generation_config.num_beam_groups")
     assert fill({"generation_config": {"temprature": 1, "stream": True}}).ignored() == [
         "generation_config.temprature",
         "generation_config.stream",
@@ -120,11 +120,12 @@ def test_presets_by_name() -> None:
 
 
 def test_the_guides_preset() -> None:
-    """Guards the guide's own file: what cannot be done is said, per request and at start."""
+    """Guards the guide's own file: beams that are not drawn, and what cannot be done is said at start."""
     name = "translation_generation_config"
-    error = refusal({"generation_config": name}, files={f"{name}.json": GUIDE})
-    assert error.param == "generation_config.num_beams" or "num_beams" not in UNBUILT
-    assert not_done(GUIDE) == ["early_stopping", "num_beams", "pad_token"]
+    fields = fill({"generation_config": name}, files={f"{name}.json": GUIDE})
+    assert (fields.num_beams, fields.early_stopping, fields.do_sample) == (4, True, False)
+    assert fill({"generation_config": name, "temperature": 0.5}, files={f"{name}.json": GUIDE}).do_sample is True
+    assert not_done(GUIDE) == ["pad_token"]
     assert not_done({"temperature": 0.5, "num_beams": 1, "top_k": None, "top_p": 7}) == ["top_p"]
     assert legal({"temperature": "warm", "top_k": -7, "top_p": 0.5}) == {"top_p": 0.5}
 

@@ -167,7 +167,7 @@ async def test_default_length_says_so() -> None:
         ({"logprobs": 10**6}, "logprobs"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"num_beams": 4}, "num_beams"),
+        ({"num_beam_groups": 2}, "num_beam_groups"),
         ({"n": 200}, "n"),
         ({"prompt": ["a"] * 200, "n": 2}, "n"),
         ({"max_tokens": 10**12}, "prompt"),

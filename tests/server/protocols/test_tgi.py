@@ -116,7 +116,7 @@ async def test_best_of() -> None:
         ({"decoder_input_details": True}, "decoder_input_details"),
         ({"adapter_id": "x"}, "adapter_id"), ({"stop": [""]}, "stop"), ({"top_n_tokens": 10**6}, "top_n_tokens"),
         ({"max_new_tokens": 10**6}, "context"),
-        ({"generation_config": {"num_beams": 3}}, "generation_config.num_beams"),
+        ({"generation_config": {"num_beam_groups": 3}}, "generation_config.num_beam_groups"),
     ],
     ids=str,
 )  # fmt: skip
