@@ -126,6 +126,9 @@ def generation_request(
         seed=services.settings.seed,
         first_index=first_index,
     )
+    if fields.guided and len(fields.negative_prompt_ids or ()) + limit > context:
+        message = f"negative_prompt and the output's {limit} tokens must fit the context of {context} tokens."
+        raise invalid(message, "negative_prompt")
     sampling, edits = processing(fields, sampling, info)
     return GenerationRequest(
         prompt_ids=prompt_ids,

@@ -63,7 +63,7 @@ def test_answers_and_streams(server: RunningServer) -> None:
         ({"num_beams": 2, "structured_outputs": {"regex": "a+"}}, None),
         ({"guidance_scale": 2, "negative_prompt": "x " * 3000}, "negative_prompt"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_refusals(server: RunningServer, fields: dict[str, Any], param: str | None) -> None:
     """Guards what cannot be: a sentence that names the field, never a 500."""
