@@ -371,11 +371,8 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
             choice.logprobs += delta.logprobs
             choice.prompt_logprobs += delta.prompt_logprobs
             choice.cached_tokens += delta.cached_tokens
-            choice.finish_reason, choice.stop_reason, choice.score = (
-                delta.finish_reason,
-                delta.stop_reason,
-                delta.score,
-            )
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            choice.score = delta.score
     for index, choice in whole.items():
         choice.text = "".join(texts[index])
     return [whole[index] for index in sorted(whole)]
