@@ -1,9 +1,11 @@
 """Beam search: the hypotheses and scores of `generate()`, whatever else is in the batch."""
 
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ropeway.kernels.forward import use_attention
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.beam import BEAMS, BeamSearch, Candidates, End
 from ropeway.scheduler.engine import Engine
+from ropeway.scheduler.guidance import GUIDANCE
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, EditSpec, RowOutput
 from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
 from ropeway.scheduler.search_edits import SEARCH_EDITS
@@ -155,6 +158,48 @@ def test_beams_are_those_of_generate(small: LlamaForCausalLM, expected: list[Ans
     for one, outputs in zip(plain, alone, strict=True):
         assert [output.token_ids for output in got[one.request_id]] == [output.token_ids for output in outputs]
     assert (engine.scheduler.stats.preemptions > 0) == (setup.blocks < 100)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_groups_in_any_company(small: LlamaForCausalLM, expected: list[Answer], seed: int) -> None:
+    """Guards places, blocks and progress: searches, guided and plain rows arrive, are aborted and preempted by priority
+    in any memory; nothing hangs or leaks, and whoever is left has the answer of generate()."""
+    pick = random.Random(seed)
+    setup = Setup(
+        layout=pick.choice(["packed", "padded"]),
+        lag=pick.choice([0, 1]),
+        chunk=pick.randint(3, 40),
+        blocks=pick.randint(27, 60),
+        rows=pick.randint(5, 20),
+        caching=pick.choice([True, False]),
+    )
+    engine = build(small, setup, BUILDERS)
+    arrivals: dict[int, list[AddRequest]] = defaultdict(list)
+    for number, one in enumerate(asked()):
+        request = msgspec.structs.replace(one.request(number), priority=pick.choice([0, 0, 1, -1]))
+        edits = [[], [EditSpec(GUIDANCE, {"scale": 2.0, "negative_prompt_ids": one.prompt[:2]})]][number % 2]
+        other = msgspec.structs.replace(
+            request, request_id=100 + number, sampling=SamplingParams(temperature=0), edits=edits
+        )
+        arrivals[pick.randrange(40)] += [request, other][: pick.randint(1, 2)]
+    aborts = {pick.randrange(60): pick.randrange(48) for _ in range(8)}
+    got: dict[int, list[RowOutput]] = defaultdict(list)
+    for step in range(5000):
+        for request in arrivals.pop(step, []):
+            engine.add(0, request)
+        if step in aborts:
+            engine.scheduler.abort(0, aborts[step])
+        if not (arrivals or engine.has_work):
+            break
+        for output in engine.step(float(step)).get(0, []):
+            got[output.request_id].append(output)
+        engine.scheduler.check_integrity()
+    assert not engine.has_work and engine.scheduler.pool.usage == 0
+    assert len(engine.scheduler.places.free_slots) == setup.rows
+    for number, answer in enumerate(expected):
+        outputs = sorted(got[number], key=lambda output: output.choice)
+        if outputs or number not in aborts.values():
+            assert [output.token_ids for output in outputs] == [ids for ids, _ in answer], asked()[number]
 
 
 def test_drawn_beams_follow_their_distribution(small: LlamaForCausalLM) -> None:
