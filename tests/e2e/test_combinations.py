@@ -78,6 +78,11 @@ SAMPLING: Features = {
     },
     "cut": NOTHING | {"30": {"truncate_prompt_tokens": 30}},
     "tenant": NOTHING | {"salt": {"cache_salt": "s", "user": "u", "priority": 3}},
+    "search": NOTHING
+    | {
+        "beams": {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True},
+        "guided": {"guidance_scale": 1.5, "negative_prompt": "A cat."},
+    },
     "format": NOTHING
     | {
         "text": {"response_format": {"type": "text"}},
@@ -130,8 +135,20 @@ def together(name: str, value: str, other: str, values: Iterable[str]) -> set[Pa
 BANS = together("no_repeat", "3", "format", SAMPLING["format"].keys() - {"absent", "text"})
 BANS |= together("no_repeat", "3", "tools", ["required", "named"])
 BANS |= together("no_repeat", "encoder", "tools", ["required", "named"])  # the prompt shows what calls look like
-HARD = dict.fromkeys(BANS, "left no token to go on with") | dict.fromkeys(
-    together("max_tokens", "1", "format", ["closed"]), "max_tokens"
+FOLLOWS = together("search", "beams", "format", SAMPLING["format"].keys() - {"absent", "text"})
+FOLLOWS |= together("search", "beams", "tools", ["required", "named", "one"])
+FOLLOWS |= together("search", "beams", "thoughts", ["cut"])
+PENALTIES = together("search", "beams", "frequency", ["2", "-2"]) | together("search", "beams", "presence", ["1.5"])
+PENALTIES |= together("search", "guided", "frequency", ["2", "-2"]) | together("search", "guided", "presence", ["1.5"])
+SCORES = {pair for search in ("beams", "guided") for pair in together("search", search, "prompt_logprobs", ["1", "2"])}
+SCORES |= together("search", "guided", "echo", ["on"])  # with logprobs, that is
+HARD = (
+    dict.fromkeys(BANS, "left no token to go on with")
+    | dict.fromkeys(together("max_tokens", "1", "format", ["closed"]), "max_tokens")
+    | dict.fromkeys(FOLLOWS, "A beam search cannot follow a grammar")
+    | dict.fromkeys(SCORES, "Logprobs of the prompt cannot be had")
+    | dict.fromkeys(PENALTIES, "must be 0 with")
+    | dict.fromkeys(together("search", "beams", "logprobs", ["own", "top"]), "logprobs must be absent")
 )
 """What cannot always be done -> what the refusal says."""
 
@@ -241,7 +258,7 @@ def test_pairs_that_cannot_be(server: RunningServer, route: str) -> None:
     features = ROUTES[route]
     first = {name: next(iter(values)) for name, values in features.items()}
     for pair in sorted(HARD, key=sorted):
-        if not all(name in features for name, _ in pair):
+        if not all(value in features.get(name, ()) for name, value in pair):
             continue
         asked = body(features, first | {"max_tokens": "64"} | dict(pair))
         answer = server.post(route, **asked)

@@ -123,6 +123,7 @@ PROTOCOLS = [
         {
             "details": NOTHING | {"on": {"details": True}, "top": {"details": True, "top_n_tokens": 2}},
             "full": NOTHING | {"on": {"return_full_text": True}},
+            "search": NOTHING | {"guided": SAMPLING["search"]["guided"]},  # its streams tell logprobs, beams have none
         },
         generated,
         generated_events,
