@@ -12,12 +12,15 @@ from collections.abc import Sequence
 
 from llguidance import LLMatcher
 
-from ropeway.scheduler.shortest_end import Alphabet, shortest_end
+from ropeway.scheduler.shortest_end import Alphabet, Budget, shortest_end
 
 LIKELIEST = 64
 """Tokens that are looked at, at each step."""
 MAX_SEARCHES = 8
-"""Of them, those for which an end is searched where the known one does not do."""
+"""Of them, those for which an end is searched where the known one does not do. Together they cost what one search may:
+the engine waits for them."""
+FIRST_TRIED = 200_000
+"""Bytes that the search for the first end may try; it is made once per request, before the engine hears of it."""
 CONTINUATION = range(0x80, 0xC0)
 """Bytes of a character behind its first."""
 
@@ -35,59 +38,63 @@ class Closing:
     Args:
         start: the grammar, compiled for the alphabet; it is copied.
         endings: texts that may end free text.
+        path: a text of the grammar, in the alphabet, where one is known; else it is searched.
 
     Raises: NoEnd.
     """
 
-    def __init__(self, alphabet: Alphabet, start: LLMatcher, endings: Sequence[str]) -> None:
+    def __init__(
+        self, alphabet: Alphabet, start: LLMatcher, endings: Sequence[str], path: list[int] | None = None
+    ) -> None:
         self._alphabet = alphabet
         self._state = start.deep_copy()
         self._endings = [text.encode() for text in endings]
-        found = shortest_end(alphabet, self._state, self._endings)
+        found = shortest_end(alphabet, self._state, self._endings, Budget(FIRST_TRIED)) if path is None else path
         if found is None:
             raise NoEnd("no text of it was found that could be completed")
-        self._path = found
+        self.path = found
+        """Letters of the known end."""
         self.end = alphabet.tokens(found)
-        """Tokens of the known end; none where the text may end as it is."""
+        """Its tokens; none where the text may end as it is."""
 
     def take(self, token_id: int, left: int) -> None:
         """The row's next token, behind which `left` more may come. Raises: NoEnd."""
         found = self._end_behind(token_id, left)
         if found is None or not self._state.consume_tokens(self._alphabet.spell(token_id)):
             raise NoEnd("nothing was found that ends the text")
-        self._path, self.end = found
+        self.path, self.end = found
 
     def fitting(self, token_ids: Sequence[int], left: int) -> list[int]:
         """Those of the tokens behind which an end is known that takes at most `left` tokens."""
-        fitting, searches = [], MAX_SEARCHES
+        fitting, searches, budget = [], MAX_SEARCHES, Budget()
         for token_id in token_ids:
             found = self._known_end(token_id, left)
             if found is None and searches:
                 searches -= 1
-                found = self._end_behind(token_id, left)
+                found = self._end_behind(token_id, left, budget)
             if found is not None:
                 fitting.append(token_id)
         return fitting
 
-    def _end_behind(self, token_id: int, left: int) -> End | None:
+    def _end_behind(self, token_id: int, left: int, budget: Budget | None = None) -> End | None:
         """An end behind a token that fits: of the one known, else one that is searched."""
         if (known := self._known_end(token_id, left)) is not None:
             return known
         after = self._state.deep_copy()
         if not after.consume_tokens(self._alphabet.spell(token_id)):
             return None
-        path = shortest_end(self._alphabet, after, self._endings)
+        path = shortest_end(self._alphabet, after, self._endings, budget)
         return None if path is None else self._fits(path, left)
 
     def _known_end(self, token_id: int, left: int) -> End | None:
         """What is left of the known end behind a token, or all of it, if that ends the text and fits."""
         spelled = self._alphabet.spell(token_id)
         if self.end and self.end[0] == token_id:
-            return (self._path[len(spelled) :], self.end[1:]) if len(self.end) - 1 <= left else None
+            return (self.path[len(spelled) :], self.end[1:]) if len(self.end) - 1 <= left else None
         # It may spell the known end, stand for as many characters of it, or be something that needs no other end.
         characters = sum(letter - self._alphabet.first not in CONTINUATION for letter in spelled)
         for length in dict.fromkeys((len(spelled), characters, 0)):
-            path = self._path[length:]
+            path = self.path[length:]
             if self._alphabet.ends_with(self._state, spelled + path) and (found := self._fits(path, left)):
                 return found
         return None

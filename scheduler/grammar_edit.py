@@ -41,7 +41,7 @@ class GrammarBuilder:
         letters = None if args.get("endings") is None else self._grammars.compile(args["grammar"], letters=True)
         edit = GrammarEdit(compiled, row, self._grammars, self._threads, self._clock)
         if letters is not None:
-            edit.close_with(letters, args["endings"])
+            edit.close_with(letters, args["endings"], args.get("end"))
         return edit
 
 
@@ -74,11 +74,12 @@ class GrammarEdit:
         self._max_length = row.max_length
         self._letters: Future[LLMatcher] | None = None
         self._endings: list[str] = []
+        self._end: list[int] | None = None
         self._closing: Closing | None = None
 
-    def close_with(self, letters: "Future[LLMatcher]", endings: list[str]) -> None:
-        """The text is to be complete within the row's length; see `closing.py`."""
-        self._letters, self._endings = letters, endings
+    def close_with(self, letters: "Future[LLMatcher]", endings: list[str], end: list[int] | None) -> None:
+        """The text is to be complete within the row's length; see `closing.py`. `end`: of the empty text, if known."""
+        self._letters, self._endings, self._end = letters, endings, end
 
     @property
     def ready(self) -> bool:
@@ -135,7 +136,7 @@ class GrammarEdit:
         try:
             matcher = self._compiled.result().deep_copy()
             if self._letters is not None:
-                self._closing = Closing(self._grammars.alphabet, self._letters.result(), self._endings)
+                self._closing = Closing(self._grammars.alphabet, self._letters.result(), self._endings, self._end)
         except (InvalidGrammar, NoEnd) as error:
             raise EditError(f"The grammar cannot be honoured: {error}") from error
         special = self._grammars.tokenizer.is_special_token

@@ -24,6 +24,14 @@ MAX_TRIED = 20_000
 """Bytes that one search tries, a fraction of a second."""
 
 
+@dataclass(slots=True)
+class Budget:
+    """What one search, or several together, may cost."""
+
+    left: int = MAX_TRIED
+    """Bytes that may still be tried."""
+
+
 class Alphabet:
     """A tokenizer's special tokens under their own ids, and behind all its ids one for each byte.
 
@@ -97,19 +105,24 @@ class _Letters:
         return [self.first + byte for byte in text]
 
 
-def shortest_end(alphabet: Alphabet, matcher: LLMatcher, endings: Sequence[bytes] = ()) -> list[int] | None:
+def shortest_end(
+    alphabet: Alphabet, matcher: LLMatcher, endings: Sequence[bytes] = (), budget: Budget | None = None
+) -> list[int] | None:
     """What ends the text, in the alphabet; None if no end was found.
 
     Args:
         matcher: of the alphabet's tokenizer; stays where it is.
         endings: texts that may end free text.
+        budget: is charged with what is tried; None for one of its own.
     """
+    budget = budget or Budget()
     state = matcher.deep_copy()
     path: list[int] = []
     while not state.is_accepting():
-        if len(path) > MAX_END:
+        budget.left -= 1
+        if len(path) > MAX_END or budget.left < 0:
             return None
-        step = _certain(alphabet, state, endings) or _nearest_rest(alphabet, state, endings)
+        step = _certain(alphabet, state, endings) or _nearest_rest(alphabet, state, endings, budget)
         if not step or not state.consume_tokens(step):
             return None
         path += step
@@ -141,15 +154,14 @@ def _closing(alphabet: Alphabet, state: LLMatcher, following: Sequence[int], end
     return [alphabet.first + ord('"')] if ord('"') in following else []
 
 
-def _nearest_rest(alphabet: Alphabet, state: LLMatcher, endings: Sequence[bytes]) -> list[int]:
+def _nearest_rest(alphabet: Alphabet, state: LLMatcher, endings: Sequence[bytes], budget: Budget) -> list[int]:
     """The shortest way to where the text may end, or something in it is ended; nothing if none was found."""
     ways: list[tuple[LLMatcher, list[int]]] = [(state, [])]
-    tried = 0
-    while ways and tried < MAX_TRIED:
+    while ways and budget.left > 0:
         found: dict[bytes, list[tuple[LLMatcher, list[int]]]] = {}
         for before, path in ways:
             for letter in _next_letters(alphabet, before):
-                tried += 1
+                budget.left -= 1
                 after = before.deep_copy()
                 if not after.consume_tokens([letter]):
                     continue

@@ -226,7 +226,8 @@ async def grammar_edit(
     if len(closing.end) > close_within:
         message = f"{CLOSE} needs max_tokens of at least {len(closing.end)}, for the shortest answer known; there are"
         raise invalid(f"{message} {close_within}.", "max_tokens")
-    return EditSpec(GRAMMAR, {"grammar": text, "endings": endings})
+    # The engine, which everybody waits for, does not search it again.
+    return EditSpec(GRAMMAR, {"grammar": text, "endings": endings, "end": closing.path})
 
 
 def _endings(output: OutputFormat | None) -> list[str]:

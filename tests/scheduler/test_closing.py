@@ -19,6 +19,7 @@ from ropeway.scheduler.grammar import Grammars
 from ropeway.scheduler.grammar_edit import GrammarBuilder
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
 from ropeway.scheduler.row import Row, rows_of
+from ropeway.scheduler.shortest_end import MAX_TRIED, Alphabet
 
 TOKENIZER = Tokenizer.from_file(str(Path(ropeway.server.__path__[0]) / "demo_model" / "tokenizer.json"))
 VOCAB = TOKENIZER.get_vocab_size()
@@ -182,3 +183,33 @@ def test_grammar_without_a_text() -> None:
     """Guards the search: one that finds nothing says so instead of going on for ever."""
     with pytest.raises(NoEnd):
         closing(json.dumps({"grammars": [{"name": "whole", "lark_grammar": "start: /[,]{9000}/"}]}))
+
+
+LONG = {"type": "array", "items": {"type": "string", "pattern": "^[A-Za-z0-9_]{8}-[a-z0-9]{8}$"}, "minItems": 60}
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each look at what may follow, which is what a search costs."""
+    looks: list[None] = []
+    allowed = Alphabet.allowed
+    monkeypatch.setattr(Alphabet, "allowed", lambda *args: (looks.append(None), allowed(*args))[1])
+    return looks
+
+
+def test_a_step_searches_within_a_budget(looks: list[None]) -> None:
+    """Guards the engine: a schema whose end is long and hard to find stalled all rows, seconds at every token."""
+    one = closing(whole({"anyOf": [{"type": "null"}, LONG]}))
+    looks.clear()
+    one.fitting([id for id in range(VOCAB) if GRAMMARS.tokenizer.decode_bytes([id]).startswith(b"[")], 10**6)
+    assert len(looks) < 2 * MAX_TRIED
+
+
+def test_the_engine_does_not_search_what_is_known(looks: list[None]) -> None:
+    """Guards the engine's thread: the end of the empty text, which took seconds to find, was searched there again."""
+    grammar = whole(LONG)
+    args = {"grammar": grammar, "endings": [], "end": closing(grammar).path}
+    GRAMMARS.compile(grammar).result()
+    edit = BUILD(args, a_row(2000, []))
+    looks.clear()
+    assert edit.ready and edit.stop_reason(PROMPT) is None and not looks
