@@ -110,6 +110,10 @@ def generation_page() -> str:
         "`min_p`, `typical_p`, `top_h`, `epsilon_cutoff` or `eta_cutoff` mean sampling, unless `do_sample` says",
         "otherwise. A refused field is a 400 that names it.",
         "",
+        "A file's `num_beams` yields to a request that asks for what no beam search can do (logprobs, a format, tools,",
+        "a thinking budget, `guidance_scale`, penalties of frequency and presence, more answers than beams):",
+        "`x-ignored-params` then says `generation_config.num_beams`.",
+        "",
         "| field of `GenerationConfig` | here | |",
         "|---|---|---|",
     ]

@@ -118,7 +118,8 @@ class Presets:
         values["do_sample"] = next((mode for mode in modes if mode is not None), samples)
         if values["do_sample"] and values.get("temperature", 1.0) < GREEDY_BELOW:  # of a layer that was overruled
             values["temperature"] = 1.0
-        return fields.model_copy(update=values)
+        filled = fields.model_copy(update=values)
+        return filled if any("num_beams" in layer for layer in layers[:2]) else _without_beams(filled)
 
     def _own(self, fields: SamplingFields, strict: bool) -> dict[str, Any]:
         """The request's generation_config, checked; what means nothing is noted in the fields."""
@@ -156,6 +157,18 @@ class Presets:
             message = f"generation_config must name one of the model's presets, which are: {there}."
             raise invalid(message, "generation_config")
         return self._files[name]
+
+
+def _without_beams(fields: AnyFields) -> AnyFields:
+    """The fields, without the beam search of a file if they ask for what none can do: a model must not fail for a
+    default that nobody asked for."""
+    asked = [getattr(fields, name, None) for name in fields.unsearchable]
+    asks = any(value is not False and value not in (None, [], {}, {"type": "text"}) for value in asked)
+    beside = fields.guided or fields.frequency_penalty or fields.presence_penalty
+    if not fields.searches or not (asks or beside or fields.choices > (fields.num_beams or 1)):
+        return fields
+    fields.ignore(["generation_config.num_beams"])
+    return fields.model_copy(update={"num_beams": None, "length_penalty": None, "early_stopping": None})
 
 
 def file_name(preset: str) -> str:

@@ -69,6 +69,11 @@ STOP = f"a string or a list of at most {MAX_STOPS} strings, each of 1 to {MAX_ST
 IdLists = Annotated[list[Annotated[IdList, Field(min_length=1, max_length=MAX_SEQUENCE_IDS)]], Field(fail_fast=True)]
 ObjectList = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
+UNSEARCHABLE = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex",
+    "ebnf", "grammar", "logprobs", "prompt_logprobs", "tools", "thinking_budget", "thinking_token_budget",
+)  # fmt: skip
+
 
 class StreamOptions(BaseModel):
     """What else a stream tells."""
@@ -247,6 +252,8 @@ class SamplingFields(BaseModel):
 
     unused: ClassVar[tuple[str, ...]] = ("user", "metadata")
     """OpenAI's fields for which this server has no use."""
+    unsearchable: ClassVar[tuple[str, ...]] = UNSEARCHABLE
+    """Fields that ask for what a beam search cannot do, unless they are null, false, empty or "text"."""
     _idle: list[str] = PrivateAttr(default_factory=list)
 
     @classmethod

@@ -4,7 +4,7 @@ Knows TGI's names and ranges. As there, nothing is sampled unless asked for, a s
 event has one token.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
@@ -15,7 +15,7 @@ from ropeway.server.json_route import JsonRoute
 from ropeway.server.protocols.shared import answer_headers, context_length, encode_prompt, read_fields, start
 from ropeway.server.protocols.tgi_frames import Frames
 from ropeway.server.request import ChoiceDelta
-from ropeway.server.sampling_fields import MAX_CHOICES, MAX_STOPS, SamplingFields
+from ropeway.server.sampling_fields import MAX_CHOICES, MAX_STOPS, UNSEARCHABLE, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer, event
 
@@ -37,6 +37,9 @@ class GenerateFields(SamplingFields):
     decoder_input_details: bool | None = Field(default=None, description="true or false")
     watermark: bool | None = Field(default=None, description="true or false")
     adapter_id: str | None = Field(default=None, description="a string")
+
+    unsearchable: ClassVar[tuple[str, ...]] = (*UNSEARCHABLE, "details", "stream", "top_n_tokens", "best_of")
+    """All of them have logprobs in their answers."""
 
     def check(self) -> None:
         """What concerns two fields, or is not built yet. Raises: ApiError 400."""

@@ -17,6 +17,8 @@ from ropeway.server.presets import (
     legal,
     not_done,
 )
+from ropeway.server.protocols.completions import CompletionFields
+from ropeway.server.protocols.tgi import GenerateFields
 from ropeway.server.sampling_fields import UNBUILT, SamplingFields
 
 GUIDE = {"num_beams": 4, "early_stopping": True, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token": 0}
@@ -152,3 +154,44 @@ def test_every_field_of_transformers_is_placed() -> None:
     assert [name for name in fields if not known(name)] == []
     places = [set(SamplingFields.model_fields), set(UNBUILT), set(SERVER_FLAGS), set(MEANINGLESS), set(DRAFTING)]
     assert [name for name in fields if sum(name in place for place in places) != 1] == []
+
+
+BEAMS = {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"logprobs": 0},
+        {"prompt_logprobs": 0},
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "a+"},
+        {"presence_penalty": 0.5},
+        {"guidance_scale": 2},
+        {"n": 5},
+    ],
+    ids=str,
+)
+def test_beams_of_the_model_yield(body: dict[str, Any]) -> None:
+    """Guards models whose own file searches, as those of translation do: every request with logprobs or a format was a
+    400 for a default that nobody asked for. Who asks for beams gets them, or is told why not."""
+    files = {DEFAULT_FILE: BEAMS}
+    fields = Presets(files).fill(CompletionFields.parse({"prompt": "x"} | body))
+    assert (fields.num_beams, fields.length_penalty, fields.early_stopping, fields.do_sample) == (
+        None,
+        None,
+        None,
+        False,
+    )
+    assert "generation_config.num_beams" in fields.ignored()
+    for asked in ({"num_beams": 4}, {"generation_config": BEAMS}):
+        assert Presets(files).fill(CompletionFields.parse({"prompt": "x"} | body | asked)).searches
+
+
+def test_beams_of_the_model_stay() -> None:
+    """Guards the search itself, which is what such a model's users expect, from requests that could do with it."""
+    for body in ({}, {"logprobs": None, "n": 4, "stop": ["."], "response_format": {"type": "text"}, "stream": True}):
+        fields = Presets({DEFAULT_FILE: BEAMS}).fill(CompletionFields.parse({"prompt": "x"} | body))
+        assert fields.num_beams == 4 and not fields.ignored()
+    for body, beams in (({}, 4), ({"stream": True}, None), ({"details": True}, None)):
+        assert Presets({DEFAULT_FILE: BEAMS}).fill(GenerateFields.parse({"inputs": "x"} | body)).num_beams == beams
