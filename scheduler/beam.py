@@ -214,6 +214,11 @@ class BeamGroup(Group):
     def restart(self) -> None:
         self._reports.clear()
 
+    def leave(self) -> None:
+        super().leave()
+        self._beams.clear()
+        self._reports.clear()
+
     def _advance(self, verbs: Verbs, now: float) -> None:
         before, num_prompt = self._beams, self.rows[0].num_prompt
         outputs = [row.tokens[num_prompt:] for row in before]
@@ -298,6 +303,8 @@ def beam_rows(args: dict[str, Any], rows: list[Row]) -> list[Row]:
     group = BeamGroup(beams, search, len(rows), bool(args["do_sample"]))
     for row in beams:
         row.group = group
+    for row in rows:  # they are nobody's now
+        row.group.leave()
     return beams
 
 

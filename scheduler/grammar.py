@@ -21,8 +21,8 @@ from ropeway.scheduler.shortest_end import Alphabet
 
 GRAMMAR = "grammar"
 """Kind of the `EditSpec`; its args: `grammar`, as llguidance reads it; and, for a text that must be complete within
-max_tokens, `endings`: texts that may end what is free in it, and `end`: its shortest text, in the alphabet's letters (it
-is searched if it is not given)."""
+max_tokens, `endings`: texts that may end what is free in it, and `end`: its shortest text, in the alphabet's letters
+(which is searched if it is not given)."""
 COMPILE_SECONDS = 10.0
 """A grammar that takes longer is refused."""
 MAX_GRAMMARS = 256

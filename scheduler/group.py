@@ -42,7 +42,7 @@ class Group:
 
     def __init__(self, rows: "Sequence[Row]") -> None:
         """rows: the head first."""
-        self.rows = tuple(rows)
+        self.rows: Sequence[Row] = tuple(rows)
         self.slots: list[int] = []
         """State slots that wait for its resting rows."""
 
@@ -66,3 +66,8 @@ class Group:
 
     def restart(self) -> None:
         """It was preempted: whatever was read of a step that not all of its rows have done is read again."""
+
+    def leave(self) -> None:
+        """It has ended. Its rows, which know it, are known to it no more: Python frees them and what their edits hold
+        at once, instead of at the garbage collector's next visit, which is rare (see `processes.calm_gc`)."""
+        self.rows = ()

@@ -148,7 +148,8 @@ class Scheduler:
         if row in draft.victims:
             return
         num_tokens = row.num_tokens
-        if row.in_flight > row.max_in_flight or num_tokens >= row.max_length or not row.may_go(draft.spans):
+        waits = row.after is not None and not row.may_go(draft.spans)
+        if row.in_flight > row.max_in_flight or num_tokens >= row.max_length or waits:
             self.stats.reasons["token unread"] += 1
             return
         room = draft.tokens_left if not row.scores_left else draft.room(row)
@@ -341,6 +342,7 @@ class Scheduler:
         for one in row.group.rows:
             one.finished = True
             choices.remove(one)
+        row.group.leave()
         if not choices:
             del self._choices[row.owner, row.request_id]
 

@@ -40,7 +40,7 @@ class Report:
     ready = True
 
     def __init__(self, row: Row, count: int, do_sample: bool) -> None:
-        self._row = row
+        self._seed = row.sampling.seed
         self._count = count
         self._do_sample = do_sample
         self._host: torch.Tensor | None = None
@@ -57,7 +57,7 @@ class Report:
 
     def _noise(self, position: int, scores: torch.Tensor) -> torch.Tensor:
         device = scores.device
-        seed, place = (torch.full((1,), value, device=device) for value in (self._row.sampling.seed, position))
+        seed, place = (torch.full((1,), value, device=device) for value in (self._seed, position))
         return gumbel(seed, place, torch.arange(len(scores), device=device))[0]
 
     def candidates(self) -> Candidates:

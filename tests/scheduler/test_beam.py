@@ -1,5 +1,6 @@
 """Beam search: the hypotheses and scores of `generate()`, whatever else is in the batch."""
 
+import gc
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ropeway.scheduler.engine import Engine
 from ropeway.scheduler.guidance import GUIDANCE
 from ropeway.scheduler.messages import AddRequest, ChoiceStart, EditSpec, RowOutput
 from ropeway.scheduler.processors import PROCESSORS, ProcessorBuilder, Registry
+from ropeway.scheduler.row import Row
 from ropeway.scheduler.search_edits import SEARCH_EDITS
 
 __all__ = ["model"]  # the fixture
@@ -257,6 +259,26 @@ def test_an_abort_and_a_deadline_end_all_beams(small: LlamaForCausalLM) -> None:
     outputs = engine.step(9.0)[0]
     assert [(output.choice, output.finish_reason) for output in outputs] == [(0, "timeout"), (1, "timeout")]
     assert not engine.has_work
+
+
+def test_rows_that_ended_are_freed_at_once(small: LlamaForCausalLM) -> None:
+    """Guards memory: a row and its group know each other, and so every row that ended kept its prompt, its grammar and
+    its scores on the device until the garbage collector came, which is made rare."""
+    engine = build(small, Setup(rows=8), BUILDERS)
+    params = SamplingParams(temperature=0)
+    guidance = [EditSpec(GUIDANCE, {"scale": 2.0, "negative_prompt_ids": [7, 8]})]
+    requests = [
+        Asked([1, 2, 3], 6, 2, {"num_beams": 4}, {"no_repeat_ngram_size": 2}, [5]).request(1),
+        AddRequest(1, 2, [1, 2], params, 4, [ChoiceStart(0), ChoiceStart(1)], edits=guidance),
+        AddRequest(1, 3, [1, 2], params, 4, [ChoiceStart(0)]),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        run(engine, requests)
+        assert [one.request_id for one in gc.get_objects() if type(one) is Row] == []
+    finally:
+        gc.enable()
 
 
 def test_equal_beams_and_early_ends() -> None:
