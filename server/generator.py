@@ -12,10 +12,11 @@ from typing import Literal, Protocol
 import msgspec
 
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.scheduler.client import EngineError, NotReady, Quarantined
+from ropeway.scheduler.client import EngineError
 from ropeway.scheduler.messages import EditSpec, RowOutput
 from ropeway.server.detokenizer import Detokenizer
-from ropeway.server.errors import ApiError, invalid
+from ropeway.server.engine_errors import api_error, engine_failure, row_error
+from ropeway.server.errors import ApiError
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.stop_strings import StopAutomaton, StopMatcher
 from ropeway.server.token_positions import Positions, PromptPositions
@@ -26,7 +27,6 @@ Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejecte
 OUTCOMES: dict[int, Outcome] = {400: "rejected", 504: "timeout"}
 """Of failures, by status; any other is an error."""
 OUT_OF_TIME = "max_time"
-RETRY_S = "5"
 
 
 class Observer(Protocol):
@@ -376,27 +376,3 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
     for index, choice in whole.items():
         choice.text = "".join(texts[index])
     return [whole[index] for index in sorted(whole)]
-
-
-def engine_failure(message: str) -> ApiError:
-    """The 500 for a request that the engine could not finish and would not finish if tried again."""
-    return ApiError(500, message, code="engine_error", headers={"x-should-retry": "false"})
-
-
-def api_error(error: EngineError) -> ApiError:
-    """How an engine's refusal looks to a client."""
-    if isinstance(error, Quarantined):
-        return engine_failure(str(error))
-    code = "draining"  # EngineFailed too means that this server ends
-    if isinstance(error, NotReady) and error.code in ("loading", "engine_restarting"):
-        code = error.code
-    return ApiError(503, str(error), code=code, headers={"Retry-After": RETRY_S})
-
-
-def row_error(row: RowOutput) -> ApiError:
-    """How a row that ended in an error looks to a client."""
-    if row.finish_reason == "timeout":
-        return ApiError(504, row.error or "The request's deadline has passed.", code="deadline_exceeded")
-    if row.finish_reason == "refused":
-        return invalid(row.error or "The engine refused this request.", None)
-    return engine_failure(row.error or "The engine gave this request up.")

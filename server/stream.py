@@ -13,8 +13,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ropeway.server.engine_errors import engine_failure
 from ropeway.server.errors import ApiError
-from ropeway.server.generator import Generation, Outcome, collect, engine_failure
+from ropeway.server.generator import Generation, Outcome, collect
 from ropeway.server.http_protocol import BODY_WRITER, BodyWriter
 from ropeway.server.request import ChoiceDelta
 

@@ -14,7 +14,8 @@ from ropeway.server.output_reader import OutputReader
 from ropeway.server.protocols.chat_frames import ChatFrames, choice_object
 from ropeway.server.protocols.conversation import Conversation, conversation_edits, encode_conversation
 from ropeway.server.protocols.openai import Chunks, Head
-from ropeway.server.protocols.shared import answer_headers, generation_request, read_fields, with_negative_ids
+from ropeway.server.protocols.prompts import with_negative_ids
+from ropeway.server.protocols.shared import answer_headers, generation_request, read_fields
 from ropeway.server.reasoning import Effort
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields

@@ -13,14 +13,8 @@ from ropeway.server.json_route import JsonRoute
 from ropeway.server.prompt_hints import prompt_hints
 from ropeway.server.protocols.completion_choices import Asked, Choices
 from ropeway.server.protocols.openai import Chunks, Head
-from ropeway.server.protocols.shared import (
-    answer_headers,
-    encode_prompt,
-    generation_request,
-    read_fields,
-    structure_edits,
-    with_negative_ids,
-)
+from ropeway.server.protocols.prompts import encode_prompt, with_negative_ids
+from ropeway.server.protocols.shared import answer_headers, generation_request, read_fields, structure_edits
 from ropeway.server.request import ChoiceDelta, GenerationRequest
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services

@@ -13,7 +13,7 @@ from ropeway.server.chat_template import ChatTemplate, missing_template
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.output_parser import OutputFormat
 from ropeway.server.output_reader import output_format, reasoning_format
-from ropeway.server.protocols.shared import check_could_fit
+from ropeway.server.protocols.prompts import check_could_fit
 from ropeway.server.reasoning import Effort, template_variables
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services

@@ -13,7 +13,8 @@ from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.output_reader import OutputReader
 from ropeway.server.protocols.conversation import Conversation, conversation_edits, encode_conversation
-from ropeway.server.protocols.shared import generation_request, with_negative_ids
+from ropeway.server.protocols.prompts import with_negative_ids
+from ropeway.server.protocols.shared import generation_request
 from ropeway.server.sampling_fields import SamplingFields
 from ropeway.server.services import Services
 

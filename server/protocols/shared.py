@@ -10,24 +10,20 @@ from typing import Any, Literal
 
 from fastapi import Request
 
-from ropeway.scheduler.messages import EditSpec, ModelInfo
+from ropeway.scheduler.messages import EditSpec
 from ropeway.server.errors import invalid
 from ropeway.server.generator import Generation
 from ropeway.server.presets import COMPLETION_TOKENS, AnyFields
 from ropeway.server.processing import processing
+from ropeway.server.protocols.prompts import context_length, truncated, with_negative_ids
 from ropeway.server.request import GenerationRequest
-from ropeway.server.sampling import check_ids, context_error, output_limit, sampling_params
+from ropeway.server.sampling import check_ids, output_limit, sampling_params
 from ropeway.server.sampling_fields import SamplingFields, names_header
 from ropeway.server.services import Services, key_id
 from ropeway.server.structured import closes, grammar_edit, read_structure
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_MS = 10**9
-
-
-def context_length(info: ModelInfo) -> int:
-    """Most tokens of prompt and output: the model's, or the whole KV cache if that is smaller (block 0 is reserved)."""
-    return min(info.max_model_len, (info.num_blocks - 1) * info.block_size)
 
 
 def read_fields(services: Services, kind: type[AnyFields], body: Any, *, samples: bool = True) -> AnyFields:
@@ -44,37 +40,6 @@ def read_fields(services: Services, kind: type[AnyFields], body: Any, *, samples
     fields = services.presets.fill(fields, samples=samples, strict=services.settings.strict)
     fields.ignore(fields.idle_beside())
     return fields
-
-
-def check_could_fit(services: Services, characters: int, param: str) -> None:
-    """Refuses a prompt by its length alone: tokenizing megabytes only to refuse them would cost everybody.
-
-    Raises: ApiError 400 `context_length_exceeded`.
-    """
-    least = characters // services.tokenizer.longest_token
-    context = context_length(services.require_loaded())
-    if least > context:
-        raise context_error(least, 1, context, param, at_least=True)
-
-
-async def encode_prompt(
-    services: Services, prompt: str | list[int], fields: SamplingFields, param: str = "prompt"
-) -> list[int]:
-    """Token ids of a text that no template makes. Raises: ApiError 400 for one that is far too long."""
-    if isinstance(prompt, list):
-        return prompt
-    if fields.truncate_prompt_tokens is None:
-        check_could_fit(services, len(prompt), param)
-    return await services.tokenizer.encode([prompt], add_special_tokens=True)
-
-
-async def with_negative_ids(services: Services, fields: AnyFields) -> AnyFields:
-    """The fields, a text to lead away from tokenized. Raises: ApiError 400 for one that is far too long."""
-    if not fields.negative_prompt:
-        return fields
-    check_could_fit(services, len(fields.negative_prompt), "negative_prompt")
-    ids = await services.tokenizer.encode([fields.negative_prompt], add_special_tokens=True)
-    return fields.model_copy(update={"negative_prompt_ids": ids})
 
 
 def generation_request(
@@ -194,16 +159,6 @@ async def structure_edits(services: Services, fields: SamplingFields, max_tokens
     if structure is None:
         return []
     return [await grammar_edit(services.grammars, services.tokenizer, [structure], close_within=close_within)]
-
-
-def truncated(prompt_ids: list[int], fields: SamplingFields, context: int) -> list[int]:
-    """The prompt's last tokens, as many as `truncate_prompt_tokens` keeps; -1 leaves room for the output asked for."""
-    keep = fields.truncate_prompt_tokens
-    if keep is None:
-        return prompt_ids
-    if keep < 0:
-        keep = max(context - (fields.most_tokens(0) or 1), 1)
-    return prompt_ids[-keep:]
 
 
 def deadline(request: Request, limit_s: float | None) -> float | None:

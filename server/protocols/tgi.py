@@ -12,7 +12,8 @@ from pydantic import Field
 from ropeway import __version__
 from ropeway.server.errors import ApiError, invalid
 from ropeway.server.json_route import JsonRoute
-from ropeway.server.protocols.shared import answer_headers, context_length, encode_prompt, read_fields, start
+from ropeway.server.protocols.prompts import context_length, encode_prompt
+from ropeway.server.protocols.shared import answer_headers, read_fields, start
 from ropeway.server.protocols.tgi_frames import Frames
 from ropeway.server.request import ChoiceDelta
 from ropeway.server.sampling_fields import MAX_CHOICES, MAX_STOPS, UNSEARCHABLE, SamplingFields
