@@ -17,8 +17,9 @@ from ropeway.scheduler.shortest_end import Alphabet, Budget, shortest_end
 LIKELIEST = 64
 """Tokens that are looked at, at each step."""
 MAX_SEARCHES = 8
-"""Of them, those for which an end is searched where the known one does not do. Together they cost what one search may:
-the engine waits for them."""
+"""Of them, those for which an end is searched where the known one does not do."""
+STEP_TRIED = 1_000
+"""Bytes that these searches may try together: all rows wait for them, some 15 ms."""
 FIRST_TRIED = 200_000
 """Bytes that the search for the first end may try; it is made once per request, before the engine hears of it."""
 CONTINUATION = range(0x80, 0xC0)
@@ -66,7 +67,7 @@ class Closing:
 
     def fitting(self, token_ids: Sequence[int], left: int) -> list[int]:
         """Those of the tokens behind which an end is known that takes at most `left` tokens."""
-        fitting, searches, budget = [], MAX_SEARCHES, Budget()
+        fitting, searches, budget = [], MAX_SEARCHES, Budget(STEP_TRIED)
         for token_id in token_ids:
             found = self._known_end(token_id, left)
             if found is None and searches:

@@ -91,7 +91,10 @@ class GrammarEdit:
         """Bans what the grammar does not allow next. Raises: EditError."""
         matcher = self._follow(token_ids)
         assert self._mask is not None
-        packed = np.frombuffer(self._mask.result(), dtype=np.uint8).copy()
+        try:
+            packed = np.frombuffer(self._mask.result(), dtype=np.uint8).copy()
+        except NoEnd as error:
+            raise EditError(f"The answer cannot be completed: {error}.") from error
         if matcher.is_error():
             raise EditError(f"The grammar is too complex to go on: {sentence(matcher.get_error())}")
         if self._closing is not None:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import ropeway.server
+from ropeway.kernels.errors import EditError
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.scheduler.closing import Closing, NoEnd
+from ropeway.scheduler.closing import STEP_TRIED, Closing, NoEnd
 from ropeway.scheduler.grammar import Grammars
 from ropeway.scheduler.grammar_edit import GrammarBuilder
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
 from ropeway.scheduler.row import Row, rows_of
-from ropeway.scheduler.shortest_end import MAX_TRIED, Alphabet
+from ropeway.scheduler.shortest_end import Alphabet
 
 TOKENIZER = Tokenizer.from_file(str(Path(ropeway.server.__path__[0]) / "demo_model" / "tokenizer.json"))
 VOCAB = TOKENIZER.get_vocab_size()
@@ -202,7 +203,16 @@ def test_a_step_searches_within_a_budget(looks: list[None]) -> None:
     one = closing(whole({"anyOf": [{"type": "null"}, LONG]}))
     looks.clear()
     one.fitting([id for id in range(VOCAB) if GRAMMARS.tokenizer.decode_bytes([id]).startswith(b"[")], 10**6)
-    assert len(looks) < 2 * MAX_TRIED
+    assert len(looks) < 2 * STEP_TRIED
+
+
+def test_an_answer_without_an_end_says_so() -> None:
+    """Guards the sentence for the client: what a thread found out was shown as an exception's name."""
+    grammar = whole(LIST)
+    GRAMMARS.compile(grammar).result(), GRAMMARS.compile(grammar, letters=True).result()
+    edit = BUILD({"grammar": grammar, "endings": []}, a_row(1, GRAMMARS.tokenizer.tokenize_str('{"v')))
+    with pytest.raises(EditError, match="cannot be completed"):
+        edit.edit([*PROMPT, *GRAMMARS.tokenizer.tokenize_str('{"v')], torch.zeros(VOCAB))
 
 
 def test_the_engine_does_not_search_what_is_known(looks: list[None]) -> None:
