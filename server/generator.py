@@ -27,6 +27,8 @@ Outcome = Literal["stop", "length", "error", "disconnected", "timeout", "rejecte
 OUTCOMES: dict[int, Outcome] = {400: "rejected", 504: "timeout"}
 """Of failures, by status; any other is an error."""
 OUT_OF_TIME = "max_time"
+TIME_CRITERION = "MaxTimeCriteria"
+"""What ends a beam search whose `max_time` is over; see `processing.py`."""
 
 
 class Observer(Protocol):
@@ -110,6 +112,7 @@ class _Choice:
         if not self._request.max_tokens:  # the engine always generates one
             self.finished, delta.finish_reason = True, "length"
             return
+        delta.score = row.score
         last = len(row.token_ids) - 1
         for place, token_id in enumerate(row.token_ids):
             self._tokens += 1
@@ -161,7 +164,9 @@ class _Choice:
     def _end(self, row: RowOutput, delta: ChoiceDelta) -> None:
         """The engine ended the row."""
         self._release(delta)
-        delta.score = row.score
+        if row.stop_reason == TIME_CRITERION and self._request.max_time is not None:  # a search, which has no text yet
+            delta.finish_reason, delta.stop_reason = "length", OUT_OF_TIME
+            return
         delta.finish_reason = "stop" if row.finish_reason == "stop" else "length"
         if row.stop_token_id is not None and row.stop_token_id not in self._tokenizer.eos_token_ids:
             delta.stop_reason = row.stop_token_id

@@ -76,7 +76,9 @@ def _search(fields: SamplingFields, params: SamplingParams, info: ModelInfo) -> 
     options = _asked(fields, _OFF | {"suppress_tokens": ()})
     options |= {"repetition_penalty": params.repetition_penalty} if params.repetition_penalty != 1 else {}
     options |= {"min_new_tokens": params.min_tokens} if params.min_tokens else {}
-    params = replace(params, logit_bias=bias, repetition_penalty=1.0, min_tokens=0)
+    # Stop strings wait for min_tokens; where beams end, the engine says.
+    least = 0 if fields.searches else params.min_tokens
+    params = replace(params, logit_bias=bias, repetition_penalty=1.0, min_tokens=least)
     criteria = _named(fields.stopping_criteria, info.stopping_criteria, "stopping_criteria")
     args: dict[str, Any] = {
         "options": options,

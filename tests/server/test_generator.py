@@ -14,7 +14,7 @@ from scripted import Record, ScriptedClient, Wake, in_steps, row
 
 from ropeway.kernels.sampling_params import SamplingParams
 from ropeway.scheduler.client import EngineFailed, NotReady, Quarantined
-from ropeway.scheduler.messages import EditSpec
+from ropeway.scheduler.messages import EditSpec, RowOutput
 from ropeway.server import generator
 from ropeway.server.errors import ApiError
 from ropeway.server.generator import Generation, Generator, collect
@@ -67,6 +67,18 @@ def test_any_steps_give_the_same(sizes: list[int], stop: tuple[str, ...], includ
     assert b"".join(position.token_bytes for position in one.logprobs).decode(errors="replace").startswith(one.text)
     if not stop:
         assert (one.text, one.finish_reason) == (TEXT, "length")
+
+
+def test_a_search_that_a_stop_string_or_the_clock_ended() -> None:
+    """Guards beams: a stop string took the score away, and `max_time` was a criterion that nobody had named."""
+    late = {"finish_reason": "stop", "stop_reason": "MaxTimeCriteria"}
+    rows = [RowOutput(1, 0, IDS, score=-0.5, **late)]
+    (cut,), _ = run([rows], stop=("llo",))
+    assert (cut.finish_reason, cut.stop_reason, cut.score) == ("stop", "llo", -0.5)
+    (ended,), _ = run([rows], max_time=100.0)
+    assert (ended.finish_reason, ended.stop_reason, ended.score) == ("length", "max_time", -0.5)
+    (own,), _ = run([rows])
+    assert (own.finish_reason, own.stop_reason) == ("stop", "MaxTimeCriteria")
 
 
 def test_stop_string_ends_usage_text_and_row() -> None:

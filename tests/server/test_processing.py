@@ -198,3 +198,11 @@ def test_unknown_names(param: str) -> None:
     named = [{"name": "nothing", "args": {}}]
     args = {"options": {}, "logits_processors": [], "stopping_criteria": []} | {param: named}
     assert edits == [EditSpec(PROCESSORS, args)]
+
+
+def test_stop_strings_of_guided_rows_wait() -> None:
+    """Guards min_tokens: a guided row's moved to the engine whole, and stop strings ended it before."""
+    fields = Presets({}).fill(SamplingFields.parse({"guidance_scale": 2, "min_tokens": 3}))
+    given = sampling_params(fields, vocab_size=VOCAB, eos_token_ids=frozenset({EOS}), logprobs=None)
+    params, _ = processing(fields, given, model_info())
+    assert params.min_tokens == 3
