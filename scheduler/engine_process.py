@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -201,9 +202,8 @@ class Pulse:
 
     def stage_seconds(self) -> dict[str, float]:
         """Stage -> seconds to the next one, of the last one until now; "... of 64 tokens" and its like are one."""
-        ends = [begun for _, begun in self._begun[1:]] + [time.monotonic()]
         seconds: dict[str, float] = {}
-        for (stage, begun), end in zip(self._begun, ends, strict=True):
+        for (stage, begun), (_, end) in pairwise([*self._begun, ("", time.monotonic())]):
             name = stage.split(" of ")[0]
             seconds[name] = seconds.get(name, 0.0) + end - begun
         return seconds

@@ -81,10 +81,11 @@ def test_a_long_load_is_no_silence() -> None:
 
 
 def test_each_stage_of_the_start_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the start screen's figures: a stage lasts until the next one, its parts are one."""
+    """Guards the start screen's figures: a stage lasts until the next one, its parts are one; none told is none."""
     ours, theirs = multiprocessing.Pipe()
     pulse = Pulse(EngineContext(EngineConfig("m"), 3, "/nowhere", theirs, ()))
     pulse.stop()
+    assert pulse.stage_seconds() == {}
     clock = iter([1.0, 3.0, 4.0, 7.5])
     monkeypatch.setattr("ropeway.scheduler.engine_process.time.monotonic", lambda: next(clock))
     for stage in ("reading weights", "preparing steps of 8 tokens", "preparing steps of 4 tokens"):
