@@ -89,7 +89,7 @@ class RowOutput(msgspec.Struct, array_like=True, gc=False):
     """One sentence for the client, with finish_reason "error", "timeout" or "refused"."""
     stop_reason: str | None = None
     """What a row's edit said when it ended the row, with finish_reason "stop"."""
-    scored: list[ScoredToken] = []
+    scored: tuple[ScoredToken, ...] = ()
     """Of the next tokens of the prompt, the first of which has none. They come with the first choice, in pieces, before
     any choice's first token."""
     score: float | None = None

@@ -289,7 +289,7 @@ class Scheduler:
         new = scored[row.num_prompt - row.scores_left - start - 1 :]
         if new and not row.finished:
             row.scores_left -= len(new)
-            self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, scored=new))
+            self._outputs[row.owner].append(RowOutput(row.request_id, row.choice, scored=tuple(new)))
 
     def emit(self, row: Row, logprobs: TokenLogprobs | None, now: float) -> None:
         """See `group.Verbs`."""

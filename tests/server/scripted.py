@@ -105,7 +105,7 @@ def row(
 def scored(ids: Sequence[int], top: int = 0) -> RowOutput:
     """A piece of a prompt's logprobs: of `ids`, the next tokens of the prompt."""
     made = [made_up_logprobs(id + 1, top) for id in ids]
-    return RowOutput(1, 0, scored=[ScoredToken(-0.5 * id, 7, one.top) for id, one in zip(ids, made, strict=True)])
+    return RowOutput(1, 0, scored=tuple(ScoredToken(-0.5 * id, 7, one.top) for id, one in zip(ids, made, strict=True)))
 
 
 def made_up_logprobs(token_id: int, top: int) -> TokenLogprobs:
