@@ -213,7 +213,9 @@ class SamplingFields(BaseModel):
         "true or false: whether beams are compared by probabilities that add up to 1; without beams they always do"
     )
     guidance_scale: float | None = _number("a number from -100 to 100 (1 is off)", ge=-100, le=100)
-    negative_prompt: str | None = _number("a string: with guidance_scale, the text to lead away from", min_length=1)
+    negative_prompt: str | None = _number(
+        "a text, not empty: with guidance_scale, what to lead away from", min_length=1
+    )
     negative_prompt_ids: IdList | None = _number("a list of token ids, in place of negative_prompt", min_length=1)
     do_sample: bool | None = _number("true (sampling) or false (greedy)")
     generation_config: Annotated[

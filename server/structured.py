@@ -143,12 +143,12 @@ def _choice(param: str, value: Any, whitespace: str) -> Grammar:
 
 
 def _grammar(param: str, value: Any, whitespace: str) -> Grammar:
-    if not isinstance(value, str) or not value.strip():
-        raise invalid(f"{param} must hold a grammar: Lark or EBNF, or one of {', '.join(NAMED_GRAMMARS)}.", param)
     if value == "json":
         return json_grammar("answer", True, whitespace)
-    if value in NAMED_GRAMMARS:
+    if isinstance(value, str) and value in NAMED_GRAMMARS:
         return {"name": "answer", "lark_grammar": named_grammar(value)}
+    if not isinstance(value, str) or ":" not in value:  # neither has rules without
+        raise invalid(f"{param} must hold a grammar: Lark or EBNF, or one of {', '.join(NAMED_GRAMMARS)}.", param)
     if "::=" in value:
         try:
             value = gbnf_to_lark(value)

@@ -20,6 +20,12 @@ class ToolChoice:
     """It was one tool by name: the answer is one call of it."""
 
 
+def check_strict(function: dict[str, Any], param: str) -> None:
+    """Raises: ApiError 400 for a function whose `strict` is neither true nor false."""
+    if not isinstance(function.get("strict"), bool | None):
+        raise invalid(f"{param}.strict must be true or false.", f"{param}.strict")
+
+
 def read_tool_choice(given: Any, names: Sequence[str]) -> ToolChoice:
     """`names` are those of the request's tools. Raises: ApiError 400."""
     if given is None or given == "auto":

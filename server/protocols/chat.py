@@ -22,7 +22,7 @@ from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, 
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
 from ropeway.server.token_positions import prompt_logprobs_object
-from ropeway.server.tool_choice import ToolChoice, read_tool_choice
+from ropeway.server.tool_choice import ToolChoice, check_strict, read_tool_choice
 
 MAX_VARIABLES = 100
 TOOLS_HINT = "Tool calls come back as text in content: the chat template does not show their format, --tool-format may."
@@ -75,6 +75,7 @@ class ChatFields(SamplingFields):
             if not isinstance(function.get("parameters") or {}, dict):
                 param = f"tools[{place}].function.parameters"
                 raise invalid(f"{param} must be a JSON Schema, an object.", param)
+            check_strict(function, f"tools[{place}].function")
         names = [tool["function"]["name"] for tool in self.tools or ()]
         self._choice = read_tool_choice(self.tool_choice, names)
 

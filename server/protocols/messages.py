@@ -18,7 +18,7 @@ from ropeway.server.request import ChoiceDelta
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, STOP, ObjectList, SamplingFields, StopTexts
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
-from ropeway.server.tool_choice import ToolChoice, read_tool_choice
+from ropeway.server.tool_choice import ToolChoice, check_strict, read_tool_choice
 
 
 class MessagesFields(SamplingFields):
@@ -176,6 +176,7 @@ def tool_object(place: int, tool: dict[str, Any]) -> dict[str, Any]:
     """A tool in OpenAI's shape. Raises: ApiError 400 for tools that Anthropic's own servers run."""
     if not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), dict):
         raise invalid(f"tools[{place}] must have a name and an input_schema.", f"tools[{place}]")
+    check_strict(tool, f"tools[{place}]")
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
     if tool.get("strict"):
         function["strict"] = True

@@ -19,7 +19,7 @@ from ropeway.server.request import ChoiceDelta
 from ropeway.server.sampling_fields import MAX_MESSAGES, MAX_TOOLS, ObjectList, SamplingFields
 from ropeway.server.services import Services
 from ropeway.server.stream import EventStream, JsonAnswer
-from ropeway.server.tool_choice import read_tool_choice
+from ropeway.server.tool_choice import check_strict, read_tool_choice
 
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -188,5 +188,6 @@ def tool_object(place: int, tool: dict[str, Any]) -> dict[str, Any]:
         raise invalid(f"tools[{place}] must be of type function and have a name.", f"tools[{place}]")
     if not isinstance(tool.get("parameters") or {}, dict):
         raise invalid(f"tools[{place}].parameters must be a JSON Schema, an object.", f"tools[{place}].parameters")
+    check_strict(tool, f"tools[{place}]")
     kept = {name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None}
     return {"type": "function", "function": kept}

@@ -53,6 +53,13 @@ def test_refused(body: dict[str, Any], param: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+@pytest.mark.parametrize("grammar", ["", "rust", 5])
+def test_what_is_no_grammar(grammar: Any) -> None:
+    """Guards the names: whoever asks for one that is not built in hears which are."""
+    with pytest.raises(ApiError, match="or one of json, sql, python"):
+        structure({"structured_outputs": {"grammar": grammar}})
+
+
 async def test_aliases_say_the_same() -> None:
     """Guards names: whoever asks for the same format gets the same grammar, which the engine's cache then knows."""
     bodies = [{"guided_regex": "a+"}, {"regex": "a+"}, {"structured_outputs": {"regex": "a+"}}]

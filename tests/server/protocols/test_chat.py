@@ -210,6 +210,7 @@ async def test_tools() -> None:
         ({"tools": [{"type": "custom"}]}, "tools[0]"),
         ({"tools": [{"function": {"name": 1}}]}, "tools[0]"),
         ({"tools": [{"function": {"name": "f", "parameters": [1]}}]}, "tools[0].function.parameters"),
+        ({"tools": [{"function": {"name": "f", "strict": "yes"}}]}, "tools[0].function.strict"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

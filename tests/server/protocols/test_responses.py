@@ -108,6 +108,7 @@ async def test_conversation() -> None:
         ({"tool_choice": "required"}, "tool_choice"), ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"text": {"format": "text"}}, "text"),
         ({"tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "function", "name": "f", "strict": 1}]}, "tools[0].strict"),
         ({"truncation": "auto"}, "truncation"), ({"reasoning": {"effort": "x"}}, "reasoning"),
         ({"model": "other"}, "model"), ({"top_logprobs": 3}, "top_logprobs"), ({"max_output_tokens": 10**6}, "input"),
     ],
