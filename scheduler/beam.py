@@ -198,7 +198,8 @@ class BeamGroup(Group):
     def specs(self, row: Row, specs: Sequence[EditSpec]) -> Sequence[EditSpec]:
         """The request's edits between what makes log-probabilities and what reports candidates."""
         if any(spec.kind not in (BEAMS, PROCESSORS) for spec in specs):
-            raise ClientMistake("A beam search cannot follow a grammar, nor be guided: ask for num_beams 1.")
+            what = "a grammar or a budget of thoughts, nor be guided"
+            raise ClientMistake(f"A beam search cannot follow {what}: ask for num_beams 1.")
         return [EditSpec(LOG_SOFTMAX), *(one for one in specs if one.kind != BEAMS), EditSpec(REPORT, self._report)]
 
     def take(self, verbs: Verbs, row: Row, token_id: int, logprobs: TokenLogprobs | None, now: float) -> None:
