@@ -18,6 +18,7 @@ split: what a token gets depends neither on the batch nor on the chunk that it c
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,7 +68,8 @@ def key_tile(head: int, head_v: int) -> int:
 @cache
 def known(version: str) -> bool:
     """Whether the Gluon of this version of Triton, such as "3.6.0", is one that these kernels were compiled with."""
-    return KNOWN_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= KNOWN_TRITON[1]
+    number = re.match(r"(\d+)\.(\d+)", version)
+    return number is not None and KNOWN_TRITON[0] <= (int(number[1]), int(number[2])) <= KNOWN_TRITON[1]
 
 
 def fits(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, rows: int, *, mixed: bool) -> bool:

@@ -16,10 +16,12 @@ from ropeway.scheduler.shortest_end import Alphabet, Budget, shortest_end
 
 LIKELIEST = 64
 """Tokens that are looked at, at each step."""
+STEP_LETTERS = 5_000
+"""Letters of the known end that may be read again for them, all together: fewer tokens where the end is long."""
 MAX_SEARCHES = 8
 """Of them, those for which an end is searched where the known one does not do."""
 STEP_TRIED = 1_000
-"""Bytes that these searches may try together: all rows wait for them, some 15 ms."""
+"""Bytes that these searches may try together: all rows wait for them, some 15 ms and more where bytes are dear."""
 FIRST_TRIED = 200_000
 """Bytes that the search for the first end may try; it is made once per request, before the engine hears of it."""
 CONTINUATION = range(0x80, 0xC0)
@@ -68,7 +70,7 @@ class Closing:
     def fitting(self, token_ids: Sequence[int], left: int) -> list[int]:
         """Those of the tokens behind which an end is known that takes at most `left` tokens."""
         fitting, searches, budget = [], MAX_SEARCHES, Budget(STEP_TRIED)
-        for token_id in token_ids:
+        for token_id in token_ids[: max(STEP_LETTERS // (len(self.path) + 1), 1)]:
             found = self._known_end(token_id, left)
             if found is None and searches:
                 searches -= 1

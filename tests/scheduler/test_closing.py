@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import ropeway.server
 from ropeway.kernels.errors import EditError
 from ropeway.kernels.sampling_params import SamplingParams
-from ropeway.scheduler.closing import STEP_TRIED, Closing, NoEnd
+from ropeway.scheduler.closing import LIKELIEST, STEP_LETTERS, STEP_TRIED, Closing, NoEnd
 from ropeway.scheduler.grammar import Grammars
 from ropeway.scheduler.grammar_edit import GrammarBuilder
 from ropeway.scheduler.messages import AddRequest, ChoiceStart
@@ -204,6 +204,18 @@ def test_a_step_searches_within_a_budget(looks: list[None]) -> None:
     looks.clear()
     one.fitting([id for id in range(VOCAB) if GRAMMARS.tokenizer.decode_bytes([id]).startswith(b"[")], 10**6)
     assert len(looks) < 2 * STEP_TRIED
+
+
+def test_the_longer_the_end_the_fewer_tokens_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the engine: ends of thousands of letters were read again for each of 64 tokens, while all rows waited."""
+    one = closing(whole(LIST))
+    tokens = [0] * LIKELIEST
+    monkeypatch.setattr(one, "_known_end", lambda token_id, left: ([], []))
+    assert len(one.fitting(tokens, 100)) == LIKELIEST
+    one.path = [0] * (STEP_LETTERS // 3)
+    assert len(one.fitting(tokens, 100)) == 2
+    one.path = [0] * STEP_LETTERS
+    assert len(one.fitting(tokens, 100)) == 1
 
 
 def test_an_answer_without_an_end_says_so() -> None:
