@@ -38,5 +38,7 @@ USER 0
 # No versions: a pinned one disappears from the release with its next security update.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+# Compiled kernels: a volume that is mounted here belongs to who owns the folder in the image.
+RUN mkdir /tmp/triton && chown 10001 /tmp/triton
 ENV TRITON_CACHE_DIR=/tmp/triton
 USER 10001
