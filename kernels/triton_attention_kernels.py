@@ -4,13 +4,7 @@
 from __future__ import annotations
 
 from ropeway.kernels.triton_attention_plan import first_key
-from ropeway.kernels.triton_jit import jit
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import gdc_launch_dependents, gdc_wait, jit, tl
 
 
 @jit()

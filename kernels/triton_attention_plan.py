@@ -12,12 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import ceil_div, jit, tl
 
 
 @dataclass(slots=True, frozen=True)

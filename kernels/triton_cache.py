@@ -13,15 +13,10 @@ import torch
 
 from ropeway.kernels.fp8 import FP8
 from ropeway.kernels.fp8_cache import Scales
-from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2, upload
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import ceil_div, jit, next_power_of_2, tl, upload
 
 COPY_WORDS = 1024
-"""8-byte words of a block that one program copies."""
+"""Words of a block that one program copies."""
 
 
 def write_kv(
@@ -50,17 +45,18 @@ def write_kv(
 
 
 def copy_blocks(pools: Sequence[torch.Tensor], pairs: torch.Tensor) -> None:
-    """Copy blocks within every pool: pools [num_blocks,...] contiguous, a block a multiple of 8 bytes; pairs [C,2]
-    int32 (source, destination), C > 0; all sources are read before any destination is written."""
-    by_words: dict[int, list[int]] = {}
+    """Copy blocks within every pool: pools [num_blocks,...] contiguous; pairs [C,2] int32 (source, destination), C > 0;
+    all sources are read before any destination is written. Words have 8 bytes, or 1 where those do not fill a block."""
+    by_size: dict[int, list[int]] = {}
     for pool in pools:
-        words, rest = divmod(pool.nbytes, 8 * pool.shape[0])
-        assert pool.is_contiguous() and rest == 0
-        by_words.setdefault(words, []).append(pool.data_ptr())
-    for words, addresses in by_words.items():
+        assert pool.is_contiguous()
+        by_size.setdefault(pool[0].nbytes, []).append(pool.data_ptr())
+    for size, addresses in by_size.items():
+        word = torch.int64 if size % 8 == 0 else torch.uint8
+        words = size // word.itemsize
         bases = upload(torch.tensor(addresses), pairs.device)
         grid = (ceil_div(words, COPY_WORDS), len(addresses), pairs.shape[0])
-        staged = torch.empty(*grid[1:], words, dtype=torch.int64, device=pairs.device)
+        staged = torch.empty(*grid[1:], words, dtype=word, device=pairs.device)
         for gather in (True, False):
             _copy[grid](bases, staged, pairs, WORDS=words, BLOCK=COPY_WORDS, GATHER=gather)
 
@@ -115,7 +111,7 @@ def _copy(addresses, staged, pairs, WORDS: tl.constexpr, BLOCK: tl.constexpr, GA
     pair = tl.program_id(2)
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = word < WORDS
-    base = tl.load(addresses + pool).to(tl.pointer_type(tl.int64))
+    base = tl.load(addresses + pool).to(staged.dtype)
     here = staged + (pool * tl.num_programs(2) + pair).to(tl.int64) * WORDS + word
     if GATHER:
         there = base + tl.load(pairs + pair * 2).to(tl.int64) * WORDS + word

@@ -10,12 +10,7 @@ if its group's largest is: so a filtered row is not looked through, only those o
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from ropeway.kernels.triton_jit import jit
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import jit, tl
 
 
 @jit()

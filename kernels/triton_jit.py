@@ -11,8 +11,22 @@ import torch
 
 try:
     import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
-    triton = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
+
+__all__ = [
+    "ceil_div",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "jit",
+    "launch_options",
+    "next_power_of_2",
+    "starts_early",
+    "tl",
+    "upload",
+]
 
 
 class _Missing:

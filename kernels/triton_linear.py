@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import (
+    ceil_div,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    starts_early,
+    tl,
+)
 
 FEW_OUTPUTS = 4096
 """Below so many rows of the weight, 64 of them per program would leave most of a large GPU idle."""

@@ -15,13 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import ceil_div, gdc_launch_dependents, gdc_wait, jit, launch_options, starts_early, tl
 
 
 @dataclass(slots=True, frozen=True)

@@ -5,14 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, starts_early
+from ropeway.kernels.triton_jit import ceil_div, gdc_launch_dependents, gdc_wait, jit, launch_options, starts_early, tl
 from ropeway.kernels.triton_norm import rows_of
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
 
 BLOCK = 1024
 """Numbers of a row that one program computes."""

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
+from ropeway.kernels.triton_jit import (
+    ceil_div,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    starts_early,
+    tl,
+)
 
 if TYPE_CHECKING:
     from ropeway.kernels.fused_ops import Norm
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
 
 TILE = 2048
 """Numbers that one program holds at least: as many short rows, though there may be fewer."""

@@ -17,16 +17,19 @@ import torch
 
 from ropeway.kernels.fp8_cache import Scales
 from ropeway.kernels.triton_cache import store_number
-from ropeway.kernels.triton_jit import ceil_div, jit, launch_options, next_power_of_2, starts_early
+from ropeway.kernels.triton_jit import (
+    ceil_div,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    starts_early,
+    tl,
+)
 
 if TYPE_CHECKING:
     from ropeway.kernels.fused_ops import Frequencies, Rotation, Unrotated
-
-try:
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:
-    tl = None
 
 BLOCK_H = 8
 """Heads of one program: few, so that a single token still fills some multiprocessors."""

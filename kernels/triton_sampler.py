@@ -1,12 +1,12 @@
 """Logits to token ids on the GPU, in Triton; `sampler.py` is its reference on the CPU, with the same interface.
 
 Nothing waits for the device and nothing sorts a vocabulary. Per-row parameters are read from `SamplingState` on the
-device; the host, which knows what each row needs, only decides which launches a batch takes:
+device; the host, which knows what each row needs, only decides which launches a batch takes, by its neediest row:
 
-    process      bias, penalties and bans, into a copy of the logits             rows that need one of these
-                 edits, by whatever they launch                                  or have an edit
+    process      bias, penalties and bans, into a copy of the logits             a row that needs one of these
+                 edits, by whatever they launch                                  or has an edit
     find_peaks   largest score of every chunk of the vocabulary                  always
-    draw         largest score + noise of every chunk                            rows with a temperature, no top-k
+    draw         largest score + noise of every chunk                            a row that has a temperature
     choose       a row's token: of the largest chunk, or after top-k and top-p   always
 
 There are three kinds of batches, each a superset of the one before, so that few kernels are compiled: `greedy`,
@@ -107,14 +107,14 @@ class TritonSampler(Sampler):
     def _pick(self, scores: torch.Tensor, lines: Lines, chunks: "_Chunks", kind: Kind) -> None:
         """Every line's token, from its scores."""
         state, vocabulary, drawn = self.state, scores.shape[1], kind != "greedy"
-        grid, lots = chunks.peaks.shape, chunks.peaks.shape[1]
+        grid, count = chunks.peaks.shape, chunks.peaks.shape[1]
         find_peaks[grid](
             *(scores, chunks.peaks, chunks.peak_ids, chunks.group_peaks, vocabulary),
             GROUPS=drawn,
             GROUP=GROUP,
             BLOCK=BLOCK,
         )
-        cut = {"CHUNKS": lots, "CHUNKS_2": next_power_of_2(lots), "BLOCK": BLOCK, "FAST": scores.is_cuda}
+        cut = {"CHUNKS": count, "CHUNKS_2": next_power_of_2(count), "BLOCK": BLOCK, "FAST": scores.is_cuda}
         filters = (state.top_k, state.top_p, state.min_p, vocabulary, SMALLEST_TEMPERATURE)
         if drawn:
             draw[grid](

@@ -8,12 +8,7 @@ its temperature, so none is above 0: the bits of their magnitude, taken as an in
 from __future__ import annotations
 
 from ropeway.kernels.triton_filter_kernels import best_of, draw_filtered, gumbel, noise_keys, scaled
-from ropeway.kernels.triton_jit import jit
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from ropeway.kernels.triton_jit import jit, tl
 
 
 @jit()

@@ -58,3 +58,14 @@ def test_copy_blocks(dtype: torch.dtype) -> None:
     for pool, old in zip(pools, before, strict=True):
         old[[2, 3, 1]] = old[[1, 2, 5]]
         assert torch.equal(pool, old)
+
+
+@pytest.mark.parametrize("numbers", [4, 12, 1030])
+def test_copy_odd_blocks(numbers: int) -> None:
+    """Guards a cache in FP8 with blocks of one token and few small heads: its blocks are no multiple of 8 bytes."""
+    generator = torch.Generator().manual_seed(4)
+    before = torch.randint(256, (9, 1, 1, numbers), generator=generator).to(DEVICE, torch.uint8)
+    pool = before.clone()
+    copy_blocks([pool], torch.tensor([[1, 2], [2, 3], [5, 1]], dtype=torch.int32, device=DEVICE))
+    before[[2, 3, 1]] = before[[1, 2, 5]]
+    assert torch.equal(pool, before)
