@@ -130,7 +130,7 @@ class Reference:
     ) -> list[str]:
         """Greedy continuations of prompts in one padded batch."""
         self.tokenizer.padding_side = padding_side
-        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
         out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **options)
         width = inputs["input_ids"].shape[1]
         return list(self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))

@@ -1,8 +1,10 @@
 """Options, processors and criteria over HTTP, on the real server: as generate(), and errors that are one request's."""
 
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
+import torch
 from harness import Reference, RunningServer
 from openai_app import check
 from transformers import GenerationConfig
@@ -62,6 +64,13 @@ ELSEWHERE = (
 """Request fields that no greedy answer of this model shows -> where they are compared with transformers."""
 
 
+def watermarked(reference: Reference, config: dict[str, Any]) -> str:
+    """On the server's kind of device: whose random numbers the green list is."""
+    cpu = reference.model
+    on_device = Reference(deepcopy(cpu).cuda() if torch.cuda.is_available() else cpu, reference.tokenizer)
+    return on_device.text(PROMPT, 16, watermarking_config=config)
+
+
 def test_options(server: RunningServer, reference: Reference) -> None:
     """Guards the whole way of every option, in the body and in its generation_config, through a batch of all."""
     options = table(reference)
@@ -74,6 +83,8 @@ def test_options(server: RunningServer, reference: Reference) -> None:
         more = {"tokenizer": reference.tokenizer} if name == "stop_strings" else {}
         if name == "max_length":
             expected[name] = reference.text(PROMPT, 7)
+        elif name == "watermarking_config":
+            expected[name] = watermarked(reference, value)
         elif name == "max_new_tokens":
             expected[name] = reference.text(PROMPT, value)
         else:
