@@ -11,7 +11,7 @@ from ropeway.kernels.forward import Forward
 from ropeway.kernels.fp8 import quantise_to_fp8
 from ropeway.kernels.fp8_cache import Scales, check_fp8_cache
 from ropeway.kernels.fusion import FusionReport, fuse
-from ropeway.kernels.graphs import LARGEST_MIXED, CudaCapture, decode_sizes, mixed_sizes
+from ropeway.kernels.graphs import CudaCapture, decode_sizes, mixed_sizes
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.linear import use_fast_linears
 from ropeway.kernels.loader import LoadedModel, Progress, load_model
@@ -86,8 +86,8 @@ class _ReadyModel:
         """Of the steps that get CUDA graphs."""
         if self.loaded.device.type != "cuda" or self.choice.layout != "packed":
             return []
-        rows = self.options.max_num_seqs
-        return decode_sizes(rows) + mixed_sizes(rows, self.options.max_num_batched_tokens)
+        rows, tokens = self.options.max_num_seqs, self.options.max_num_batched_tokens
+        return decode_sizes(rows) + mixed_sizes(rows, tokens, self.loaded.num_parameters)
 
     def pool(self, num_blocks: int) -> KVPool:
         """A KV cache for this model."""
@@ -222,7 +222,7 @@ def _bytes_of_steps(ready: _ReadyModel, sampler: TritonSampler) -> int:
 
     Raises NotEnoughMemory.
     """
-    options, device, num_graphs = ready.options, ready.loaded.device, len(ready.sizes)
+    options, device, sizes = ready.options, ready.loaded.device, ready.sizes
     max_tokens, block_size = options.max_num_batched_tokens, options.block_size
     forward = ready.forward(ready.pool(2))
     rows, width = sampler.state.num_slots, sampler.state.vocab_size
@@ -237,9 +237,9 @@ def _bytes_of_steps(ready: _ReadyModel, sampler: TritonSampler) -> int:
     remedy = "lower --max-num-batched-tokens or --max-num-seqs"
     with memory_for(f"A step of {max_tokens} tokens does not fit beside the weights", remedy):
         needed = peak_bytes(lambda: step(max_tokens), device)
-        if num_graphs:  # they have a pool of their own, and logits that stay
-            needed += peak_bytes(lambda: step(min(LARGEST_MIXED, max_tokens)), device)
-            needed += logits_bytes + num_graphs * GRAPH_BYTES
+        if sizes:  # their graphs have a pool of their own, and logits that stay
+            needed += peak_bytes(lambda: step(max(sizes).tokens), device)
+            needed += logits_bytes + len(sizes) * GRAPH_BYTES
     # Made when a request asks for them: tables of biases and penalties; logprobs in fp32, with an int64 order, twice.
     return needed + (2 + 6) * logits_bytes + bytes_of_scores(min(scores_per_step(width), max_tokens), width)
 

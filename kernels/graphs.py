@@ -4,7 +4,7 @@ A step of a captured size is two launches: the forward's graph and the sampler's
 addresses only (`Staging`'s static tensors, the logits' buffer). Knows sizes and launches, no model and no row.
 
     decode   tokens == rows: every row computes one token
-    mixed    chunks and decode rows together, up to `LARGEST_MIXED` tokens
+    mixed    chunks and decode rows together: sizes close together up to `DENSE` tokens, for a small model a few beyond
 
 All graphs share one memory pool, the largest captured first: only one runs at a time, and what one leaves there the
 next may overwrite.
@@ -23,10 +23,15 @@ from ropeway.kernels.staging import Size
 
 logger = logging.getLogger("ropeway.engine")
 
-LARGEST_MIXED = 2048
-"""Tokens. Larger steps take the device longer than Python takes to launch their kernels."""
+DENSE, LARGEST_MIXED = 2048, 8192
+"""Tokens. Between them each size is twice the one before."""
+LONG_STEP = 12e12
+"""Parameters x tokens of a step that takes a large GPU 40 ms of products: as long as Python may take to launch its
+kernels one by one. A larger step needs no graph."""
 WASTE = 2
 """A step takes the next larger captured size if that is at most so many times as large as the one it should have."""
+FEW_PADS = 1 / 16
+"""Of the tokens of a size beyond `DENSE`: with more pads a step runs as it is."""
 
 Launches = Callable[[], object]
 
@@ -119,8 +124,10 @@ class StepGraphs:
     def find(self, size: Size) -> StepGraph | None:
         """The graph that a step of this size should take; None = none, it runs plainly."""
         wanted = _fitting(size, self.sizes)
-        if wanted is None or wanted in self.captured:
-            return None if wanted is None else self.captured[wanted]
+        if wanted is None or (wanted.tokens > DENSE and wanted.tokens - size.tokens > FEW_PADS * wanted.tokens):
+            return None
+        if wanted in self.captured:
+            return self.captured[wanted]
         instead = _fitting(size, sorted(self.captured))
         return None if instead is None or instead.tokens > WASTE * wanted.tokens else self.captured[instead]
 
@@ -165,26 +172,31 @@ def decode_sizes(max_rows: int) -> list[Size]:
     return [Size(rows, rows) for rows in [*counts, max_rows]]
 
 
-def mixed_sizes(max_rows: int, max_tokens: int) -> list[Size]:
-    """128 tokens and more in steps of at most a half, each for some and for all rows.
+def mixed_sizes(max_rows: int, max_tokens: int, num_parameters: int) -> list[Size]:
+    """128 tokens and more in steps of at most a half, each for some and for all rows; beyond `DENSE` doubled, up to
+    max_tokens.
 
     With all of max_rows there is one row more, for the pads."""
     counts: list[int] = []
     tokens = 128
-    while tokens <= LARGEST_MIXED and (not counts or counts[-1] < max_tokens):
+    while tokens <= DENSE and (not counts or counts[-1] < max_tokens):
         counts.append(tokens)
         tokens += max(64, 1 << (tokens.bit_length() - 3))
+    largest = min(max_tokens, LARGEST_MIXED)
+    while counts[-1] < largest and (tokens := min(2 * counts[-1], largest)) * num_parameters <= LONG_STEP:
+        counts.append(tokens)
     rows = [count for count in (64, 256) if count < max_rows] + [max_rows + 1]
     return [Size(tokens, count) for tokens in counts for count in rows if count < tokens]
 
 
 def first_sizes(sizes: Sequence[Size]) -> list[Size]:
-    """Those without which a server is slow, the largest first: all mixed ones, and decode steps of every power of two
-    and of all rows. In a decode step a pad costs little; a mixed step without a graph takes Python 20 ms, and there is
-    no next larger size for it among few."""
+    """Those without which a server is slow, the largest first: mixed ones of each number of tokens, for most rows, and
+    decode steps of every power of two and of all rows. A row of pads costs little; a mixed step without a graph takes Python
+    20 ms, and there is no next larger size for it among few."""
     decode = [size for size in sizes if size.tokens == size.rows]
     first = [size for size in decode if size == max(decode) or _is_power_of_two(size.rows)]
-    return sorted(first + [size for size in sizes if size.tokens > size.rows], reverse=True)
+    mixed = {size.tokens: size for size in sorted(sizes) if size.tokens > size.rows}
+    return sorted(first + list(mixed.values()), reverse=True)
 
 
 def _is_power_of_two(number: int) -> bool:

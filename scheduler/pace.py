@@ -35,7 +35,7 @@ LONGEST, SHORTEST = 6.0, 2.5
 """A mixed step / a step that only decodes, at most and at least."""
 DEAREST = 4.0
 """A prompt token beside decoding rows / one in the cheapest step; long contexts make a token no dearer than that."""
-MANY, FEW = 8, 24
+MANY, FEW = 16, 24
 """Rows that decode for each that waits."""
 TURN = 1.5
 """Seconds of decode steps after each second that a chunk took, while few wait."""

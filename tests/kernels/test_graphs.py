@@ -177,7 +177,7 @@ def test_a_capture_that_fails_in_its_middle_is_refused(
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 2048), (5, 128), (64, 512), (256, 8192), (1024, 2048)])
 def test_sizes(rows: int, tokens: int) -> None:
     """Guards coverage: every step with at most so many rows and 2,048 tokens has a size, and not a much larger one."""
-    sizes = decode_sizes(rows) + mixed_sizes(rows, tokens)
+    sizes = decode_sizes(rows) + mixed_sizes(rows, tokens, 8_000_000_000)
     assert len(set(sizes)) == len(sizes) < 110
     graphs = make_graphs(sizes)
     while graphs.add_next():
@@ -196,3 +196,25 @@ def test_sizes(rows: int, tokens: int) -> None:
         early.add(size)
     for size in sizes:
         assert early.find(size), "a step that finds no graph before the first idle moment"
+
+
+def test_small_models_have_sizes_for_whole_budgets() -> None:
+    """Guards prompts of small models: a step of 8,192 tokens took the host longer to launch than the device to
+    compute. It must not take a size that it fills by half, nor hold a large model's start up."""
+
+    def tokens(num_parameters: float) -> list[int]:
+        return sorted({size.tokens for size in mixed_sizes(256, 8192, int(num_parameters))})
+
+    assert tokens(8e9)[-1] == 2048
+    assert tokens(2e9)[-2:] == [2048, 4096]
+    assert tokens(0.6e9)[-3:] == [2048, 4096, 8192]
+    assert max(mixed_sizes(256, 3000, int(0.6e9))).tokens == 3000
+    graphs = make_graphs(mixed_sizes(256, 8192, int(0.6e9)))
+    while graphs.add_next():
+        pass
+    found = {count: graphs.find(Size(count, 100)) for count in (2049, 3800, 3900, 4097, 7600, 7800, 8192)}
+    assert {count: graph.size for count, graph in found.items() if graph} == {
+        3900: Size(4096, 257),
+        7800: Size(8192, 257),
+        8192: Size(8192, 257),
+    }

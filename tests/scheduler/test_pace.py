@@ -218,13 +218,13 @@ def test_a_chunk_ends_where_a_captured_size_does() -> None:
     pace.observe(48, 0, DECODE)
     share = pace.share
     assert 970 <= share <= 980
-    assert pace.share_beside(40, 4, BUDGET) == 640 - 40
-    assert pace.share_beside(60, 6, BUDGET) == 1024 - 60
-    assert pace.share_beside(400, 40, BUDGET) == 1280 - 400
-    assert pace.share_beside(1200, 140, BUDGET) == 2048 - 1200, "not worth its launches"
-    assert pace.share_beside(3200, 300, BUDGET) == share, "larger steps have no pads"
+    assert pace.share_beside(40, 2, BUDGET) == 640 - 40
+    assert pace.share_beside(60, 3, BUDGET) == 1024 - 60
+    assert pace.share_beside(400, 20, BUDGET) == 1280 - 400
+    assert pace.share_beside(1200, 60, BUDGET) == 2048 - 1200, "not worth its launches"
+    assert pace.share_beside(3200, 160, BUDGET) == share, "larger steps have no pads"
     assert pace.share_beside(100, 400, BUDGET) == 2048 - 100
-    assert pace.share_beside(60, 6, 100) == 100
+    assert pace.share_beside(60, 3, 100) == 100
 
 
 @pytest.mark.parametrize("seed", range(20))
