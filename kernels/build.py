@@ -18,7 +18,7 @@ from ropeway.kernels.loader import LoadedModel, Progress, load_model
 from ropeway.kernels.memory import kv_budget, memory_for, peak_bytes, plan_blocks
 from ropeway.kernels.packed import PackedForward
 from ropeway.kernels.padded import PaddedForward
-from ropeway.kernels.probe import Choice, choose_layout
+from ropeway.kernels.probe import Choice, choose_layout, packed_logits
 from ropeway.kernels.quantization import count_weights
 from ropeway.kernels.rope import fix_rope
 from ropeway.kernels.runner import ModelRunner
@@ -28,6 +28,7 @@ from ropeway.kernels.sampling_state import SamplingState
 from ropeway.kernels.scoring import bytes_of_scores
 from ropeway.kernels.staging import Size
 from ropeway.kernels.step import RowInput, StepInput, scores_per_step
+from ropeway.kernels.triton_ahead import CompileAhead, compile_ahead_on
 from ropeway.kernels.triton_sampler import TritonSampler
 
 GRAPH_BYTES = 4 << 20
@@ -126,28 +127,17 @@ def build_runner(
     if options.deterministic:
         check_deterministic(options.device, options.quantization, options.device_map, options.layout)
     loaded = load_model(options, lambda stage, share: progress(stage, 0.8 * share))
-    ready = _make_ready(loaded, options, progress)
+    ahead = compile_ahead_on(loaded.device)
+    ready = _make_ready(loaded, options, progress, ahead)
     sampler = ready.sampler()
-    pool = ready.pool(_plan_blocks(ready, sampler, progress))
-    forward = ready.forward(pool)
-    logits_dtype = _warm_up(forward, options.block_size, loaded.device)
-    runner = ModelRunner(
-        forward,
-        pool,
-        sampler,
-        options.block_size,
-        loaded.device,
-        max_blocks=-(-loaded.max_model_len // options.block_size),
-        sizes=ready.sizes,
-        capture=CudaCapture(loaded.device) if ready.sizes else None,
-        logits_dtype=logits_dtype,
-    )
+    pool = ready.pool(_plan_blocks(ready, sampler, progress, ahead))
+    runner = _make_runner(ready, pool, sampler)
     progress("loaded", 1.0)
-    no_graphs = runner.prepare(compiling)
+    no_graphs = runner.prepare(compiling, ahead)
     return runner, _info(ready, pool, no_graphs)
 
 
-def _make_ready(loaded: LoadedModel, options: RunnerOptions, progress: Progress) -> _ReadyModel:
+def _make_ready(loaded: LoadedModel, options: RunnerOptions, progress: Progress, ahead: CompileAhead) -> _ReadyModel:
     """Everything that is done to a model between loading and its first step: weights packed or rounded, layout found,
     modules fused, products swapped."""
     if options.quantization != "fp8":
@@ -159,8 +149,10 @@ def _make_ready(loaded: LoadedModel, options: RunnerOptions, progress: Progress)
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     with memory_for("The weights fit, but rearranging them does not", "take a smaller model, dtype or quantization"):
+        if on_gpu and options.device_map is None:
+            ahead(lambda: packed_logits(loaded.model, loaded.max_model_len))
         choice = choose_layout(loaded.model, loaded.max_model_len, options.layout)
-        fusion = fuse(loaded.model, loaded.max_model_len) if on_gpu and choice.layout == "packed" else None
+        fusion = fuse(loaded.model, loaded.max_model_len, ahead) if on_gpu and choice.layout == "packed" else None
         if options.quantization == "fp8":
             progress("rounding weights", 0.82)
             quantise_to_fp8(loaded.model)
@@ -172,13 +164,13 @@ def _make_ready(loaded: LoadedModel, options: RunnerOptions, progress: Progress)
     return _ReadyModel(options, loaded, choice, fusion)
 
 
-def _plan_blocks(ready: _ReadyModel, sampler: Sampler, progress: Progress) -> int:
+def _plan_blocks(ready: _ReadyModel, sampler: Sampler, progress: Progress, ahead: CompileAhead) -> int:
     """Blocks of the KV cache: what the user says, or what steps leave free."""
     options, loaded = ready.options, ready.loaded
     reserved = 0
     if isinstance(sampler, TritonSampler):
         progress("running the largest step", 0.85)
-        reserved = _bytes_of_steps(ready, sampler)
+        reserved = _bytes_of_steps(ready, sampler, ahead)
     progress("making the KV cache", 0.9)
     budget = options.kv_cache_bytes
     if budget is None:
@@ -189,6 +181,22 @@ def _plan_blocks(ready: _ReadyModel, sampler: Sampler, progress: Progress) -> in
         block_size=options.block_size,
         max_model_len=loaded.max_model_len,
         max_num_seqs=options.max_num_seqs,
+    )
+
+
+def _make_runner(ready: _ReadyModel, pool: KVPool, sampler: Sampler) -> ModelRunner:
+    options, loaded = ready.options, ready.loaded
+    forward = ready.forward(pool)
+    return ModelRunner(
+        forward,
+        pool,
+        sampler,
+        options.block_size,
+        loaded.device,
+        max_blocks=-(-loaded.max_model_len // options.block_size),
+        sizes=ready.sizes,
+        capture=CudaCapture(loaded.device) if ready.sizes else None,
+        logits_dtype=_warm_up(forward, options.block_size, loaded.device),
     )
 
 
@@ -216,7 +224,7 @@ def _info(ready: _ReadyModel, pool: KVPool, no_graphs: str | None) -> RunnerInfo
     )
 
 
-def _bytes_of_steps(ready: _ReadyModel, sampler: TritonSampler) -> int:
+def _bytes_of_steps(ready: _ReadyModel, sampler: TritonSampler, ahead: CompileAhead) -> int:
     """Bytes that stepping takes beside weights and KV cache, found out by running the largest step there may be,
     through a forward whose pool has blocks 0 and 1.
 
@@ -236,6 +244,7 @@ def _bytes_of_steps(ready: _ReadyModel, sampler: TritonSampler) -> int:
 
     remedy = "lower --max-num-batched-tokens or --max-num-seqs"
     with memory_for(f"A step of {max_tokens} tokens does not fit beside the weights", remedy):
+        ahead(lambda: step(max_tokens))
         needed = peak_bytes(lambda: step(max_tokens), device)
         if sizes:  # their graphs have a pool of their own, and logits that stay
             needed += peak_bytes(lambda: step(max(sizes).tokens), device)

@@ -38,6 +38,7 @@ from ropeway.kernels.fusion_modules import (
 from ropeway.kernels.fusion_rotary import RotaryCall, rotary_calls, table_forwards
 from ropeway.kernels.probe import allowed_difference, largest_difference, packed_logits
 from ropeway.kernels.quantization import multiplies_in_int8
+from ropeway.kernels.triton_ahead import CompileAhead, one_by_one
 
 FP32_RELATIVE = 1e-4
 """Of the largest logit: what another order of additions may change in fp32."""
@@ -83,17 +84,18 @@ class FusionReport:
 
 
 @torch.no_grad()
-def fuse(model: PreTrainedModel, max_model_len: int) -> FusionReport:
+def fuse(model: PreTrainedModel, max_model_len: int, ahead: CompileAhead = one_by_one) -> FusionReport:
     """Fuse what can be in a model that runs packed; its logits stay within rounding, or it stays as it was.
 
     Args:
         model: in eval mode, rope fixed. Merged weights are made one product at a time and replace the old ones.
         max_model_len: tokens, as for `choose_layout`.
+        ahead: compiles the fused model's kernels.
     """
     if model.dtype not in DTYPES:
         report = FusionReport(left=[f"everything, as there are no kernels for {model.dtype}"])
     else:
-        fusing = _Fusing(model, max_model_len)
+        fusing = _Fusing(model, max_model_len, ahead)
         try:
             report = fusing.run()
         except torch.OutOfMemoryError:
@@ -108,9 +110,10 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> FusionReport:
 class _Fusing:
     """The steps of `fuse`."""
 
-    def __init__(self, model: PreTrainedModel, max_model_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_model_len: int, ahead: CompileAhead) -> None:
         self._model = model
         self._max_model_len = max_model_len
+        self._ahead = ahead
         self._report = FusionReport()
         self._undos: dict[str, list[Undo]] = {}
         self._uses = {kind: Uses() for kind in ("rotation", "gate", "sum", "head norm")}
@@ -130,6 +133,7 @@ class _Fusing:
         self._leaves(recording)
         self._tables(recording)
         self._sums()
+        self._ahead(lambda: packed_logits(self._model, self._max_model_len))
         forwards: list[None] = []
         self._put("watch", None, self._model.register_forward_pre_hook(lambda *_: forwards.append(None)).remove)
         after = packed_logits(self._model, self._max_model_len)

@@ -191,8 +191,8 @@ def mixed_sizes(max_rows: int, max_tokens: int, num_parameters: int) -> list[Siz
 
 def first_sizes(sizes: Sequence[Size]) -> list[Size]:
     """Those without which a server is slow, the largest first: mixed ones of each number of tokens, for most rows, and
-    decode steps of every power of two and of all rows. A row of pads costs little; a mixed step without a graph takes Python
-    20 ms, and there is no next larger size for it among few."""
+    decode steps of every power of two and of all rows. A row of pads costs little; a mixed step without a graph takes
+    Python 20 ms, and there is no next larger size for it among few."""
     decode = [size for size in sizes if size.tokens == size.rows]
     first = [size for size in decode if size == max(decode) or _is_power_of_two(size.rows)]
     mixed = {size.tokens: size for size in sorted(sizes) if size.tokens > size.rows}

@@ -20,13 +20,14 @@ import torch
 
 from ropeway.kernels.batch import LeftPaddedBatch
 from ropeway.kernels.forward import Forward
-from ropeway.kernels.graphs import Capture, StepGraph, StepGraphs, first_sizes
+from ropeway.kernels.graphs import Capture, Launches, StepGraph, StepGraphs, first_sizes
 from ropeway.kernels.kv_pool import KVPool
 from ropeway.kernels.loader import Progress
 from ropeway.kernels.sampler import Lines, Sampled, Sampler
 from ropeway.kernels.scoring import Scored, Scoring
 from ropeway.kernels.staging import Columns, Size, Staged, Staging
 from ropeway.kernels.step import StepInput, StepOutput, TokenLogprobs
+from ropeway.kernels.triton_ahead import CompileAhead, one_by_one
 from ropeway.kernels.triton_sampler import KINDS, TritonSampler
 
 
@@ -143,8 +144,7 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if sizes and largest is not None and capture is not None:
             self._logits = torch.empty(largest.rows, sampler.state.vocab_size, dtype=logits_dtype, device=device)
-            self._capture_launches = capture
-            self._graphs = StepGraphs(sizes, self._capture)
+            self._graphs = StepGraphs(sizes, partial(self._halves, capture=capture))
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> Flight:
@@ -193,14 +193,15 @@ class ModelRunner:
         """Capture one more size; False if none is left."""
         return self._graphs is not None and self._graphs.add_next()
 
-    def prepare(self, progress: Progress) -> str | None:
-        """Capture the sizes without which a server is slow; all kernels are compiled on the way.
+    def prepare(self, progress: Progress, ahead: CompileAhead = one_by_one) -> str | None:
+        """Capture the sizes without which a server is slow; all kernels are compiled on the way, or ahead.
 
         Returns why there are no graphs, in words that follow "because"; None if there are."""
         if self._graphs is None:
             return "they need a GPU and the packed layout"
         self._pool.copy_blocks(torch.zeros(1, 2, dtype=torch.int32, device=self._device))
         wanted = first_sizes(self._graphs.sizes)
+        ahead(lambda: [self._halves(size, _as_they_are) for size in wanted])
         for number, size in enumerate(wanted):
             progress(f"preparing steps of {size.tokens} tokens", number / len(wanted))
             self._graphs.add(size)
@@ -250,7 +251,7 @@ class ModelRunner:
         return self._sampler.report(logits, lines)
 
     @torch.inference_mode()
-    def _capture(self, size: Size) -> StepGraph:
+    def _halves(self, size: Size, capture: Capture) -> StepGraph:
         """Both halves of a step of this size, captured while it holds nothing but pads."""
         sampler = self._sampler
         assert isinstance(sampler, TritonSampler)
@@ -269,8 +270,14 @@ class ModelRunner:
         try:
             return StepGraph(
                 size,
-                self._capture_launches(forward),
-                {kind: self._capture_launches(partial(sampler.launch, logits, lines, kind)) for kind in KINDS[:2]},
+                capture(forward),
+                {kind: capture(partial(sampler.launch, logits, lines, kind)) for kind in KINDS[:2]},
             )
         finally:
             self._staging.last_ids.copy_(unread)
+
+
+def _as_they_are(launches: Launches) -> Launches:
+    """A capture that captures nothing."""
+    launches()
+    return launches
