@@ -149,7 +149,7 @@ def _make_ready(loaded: LoadedModel, options: RunnerOptions, progress: Progress,
     progress("trying the layouts", 0.8)
     fix_rope(loaded.model, loaded.max_model_len)
     with memory_for("The weights fit, but rearranging them does not", "take a smaller model, dtype or quantization"):
-        if on_gpu and options.device_map is None:
+        if on_gpu and options.device_map == "none":
             ahead(lambda: packed_logits(loaded.model, loaded.max_model_len))
         choice = choose_layout(loaded.model, loaded.max_model_len, options.layout)
         fusion = fuse(loaded.model, loaded.max_model_len, ahead) if on_gpu and choice.layout == "packed" else None
