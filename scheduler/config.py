@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ropeway.kernels.runner_options import RunnerOptions
+from ropeway.scheduler.pace import Goal
 
 
 @dataclass(slots=True, frozen=True)
@@ -19,8 +20,7 @@ class EngineConfig:
     """auto, none, or a generation-config file of the model that must be there."""
     enable_prefix_caching: bool = True
     prefix_cache_scope: Literal["key", "server"] = "key"
-    optimize_for: Literal["latency", "throughput"] = "latency"
-    """See `Pace.patient`."""
+    optimize_for: Goal = "latency"
     lag: Literal[0, 1] | None = None
     """Steps launched ahead of the tokens read; None = 1 on a GPU, 0 on a CPU."""
     served_model_name: str | None = None

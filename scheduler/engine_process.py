@@ -167,9 +167,7 @@ def build_engine(config: EngineConfig, loaded: Loaded) -> Engine:
         prefix_cache_scope=config.prefix_cache_scope,
     )
     pool = BlockPool(info.num_blocks, info.block_size, caching=config.enable_prefix_caching)
-    scheduler = Scheduler(
-        limits, pool, loaded.builders, Pace(loaded.mixed_sizes, patient=config.optimize_for == "throughput")
-    )
+    scheduler = Scheduler(limits, pool, loaded.builders, Pace(loaded.mixed_sizes, config.optimize_for))
     return Engine(scheduler, loaded.runner, loaded.lag)
 
 

@@ -21,6 +21,10 @@ How often, and how much then? As those who wait for their first token are, besid
     few     one, or at most 1 for each `FEW`. Chunks take turns with decode steps, which get `TURN` times as long: a
             client who brings one long prompt after the other would take most of the time from all others, in every gap
 
+That is for `latency`: of first tokens and most others. For `throughput` nobody reads along: prompts get each step's
+whole budget, so that all rows decode together soon. For `smoothness` T is `SMOOTH` d whoever waits: gaps stay below
+three decode steps.
+
 Where steps are rounded up to certain sizes, a chunk ends with one of them: pads cost what tokens cost.
 
 Pure arithmetic. Knows no rows and no clock: the caller measures.
@@ -28,11 +32,14 @@ Pure arithmetic. Knows no rows and no clock: the caller measures.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Literal
+
+Goal = Literal["latency", "throughput", "smoothness"]
 
 GAP, BURST = 0.025, 0.05
 """Seconds of a mixed step: 40 tokens per second are faster than anyone reads, and 20 are for a while."""
-LONGEST, SHORTEST = 6.0, 2.5
-"""A mixed step / a step that only decodes, at most and at least."""
+LONGEST, SHORTEST, SMOOTH = 6.0, 2.5, 2.8
+"""A mixed step / a step that only decodes, at most, at least, and always."""
 DEAREST = 4.0
 """A prompt token beside decoding rows / one in the cheapest step; long contexts make a token no dearer than that."""
 MANY, FEW = 16, 24
@@ -58,11 +65,10 @@ DRIFT = 1.002
 class Pace:
     """The share of prefill in the steps of one engine. Times in seconds."""
 
-    def __init__(self, sizes: Sequence[int] = (), patient: bool = False) -> None:
+    def __init__(self, sizes: Sequence[int] = (), goal: Goal = "latency") -> None:
         """sizes: tokens of the steps that are computed without pads, ascending; larger steps have none, nor a graph."""
         self.sizes = sizes
-        self.patient = patient
-        """Nobody reads along: prompts get each step's whole budget, so that all rows decode together soon."""
+        self.goal = goal
         self._decode: float | None = None
         """d"""
         self._beside: float | None = None
@@ -78,7 +84,7 @@ class Pace:
         """Prompt tokens that may ride along with decoding rows in a step: at least `FLOOR`, now and then 0."""
         if not self._until_probe:
             return 0
-        return FLOOR if self._decode is None else self._tokens_in(_longest(self._decode))
+        return FLOOR if self._decode is None else self._tokens_in(self._longest(self._decode))
 
     def share_beside(self, decoding: int, waiting: int, budget: int) -> int:
         """Of `budget` prompt tokens, those that may ride along in the next step.
@@ -87,10 +93,10 @@ class Pace:
             decoding: rows in it that compute their newest token.
             waiting: rows that wait for their first token and could have a place.
         """
-        if self.patient:
+        if self.goal == "throughput":
             return budget
         share = self.share
-        if share and waiting > 1 and decoding <= MANY * waiting:
+        if self.goal == "latency" and share and waiting > 1 and decoding <= MANY * waiting:
             if (self._decode or 0) > GAP:
                 return budget
             share = max(share, self._tokens_in(max(BURST, LONGEST * (self._decode or 0))))
@@ -103,7 +109,7 @@ class Pace:
         if not prefill_tokens:
             self._rest = max(self._rest - 1, 0.0)
         elif self._decode is not None and self._whole is not None:
-            extra = min(prefill_tokens * self._per_token(self._whole), _longest(self._decode) - self._decode)
+            extra = min(prefill_tokens * self._per_token(self._whole), self._longest(self._decode) - self._decode)
             self._rest = TURN * extra / self._decode
 
     def observe(self, decode_rows: int, prefill_tokens: int, seconds: float) -> None:
@@ -126,6 +132,12 @@ class Pace:
                 beside = max(seconds - self._decode, 0.0) / prefill_tokens
                 self._beside = _mean(max(self._beside or self._whole, self._whole / 2), beside)
 
+    def _longest(self, decode: float) -> float:
+        """T"""
+        if self.goal == "smoothness":
+            return SMOOTH * decode
+        return max(SHORTEST * decode, min(GAP, LONGEST * decode))
+
     def _tokens_in(self, seconds: float) -> int:
         """n for T, as far as d, m and w are known."""
         if self._whole is None:
@@ -144,11 +156,6 @@ class Pace:
             return share
         fitting = self.sizes[place - 1] - decoding
         return fitting if fitting >= FLOOR else share
-
-
-def _longest(decode: float) -> float:
-    """T"""
-    return max(SHORTEST * decode, min(GAP, LONGEST * decode))
 
 
 def _mean(mean: float | None, value: float) -> float:

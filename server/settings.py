@@ -93,10 +93,11 @@ class Settings:
     )
     gpu_memory_utilization: float = flag(0.9, BATCH, "share of the GPU that may be used", low=0.01, high=1)
     enable_prefix_caching: bool = flag(True, BATCH, "keep the KV of prompts for those that begin alike")
-    optimize_for: Literal["latency", "throughput"] = flag(
+    optimize_for: Literal["latency", "throughput", "smoothness"] = flag(
         "latency",
         BATCH,
-        "prompts come in chunks that hold up nobody's tokens for long, or as fast as a step holds them",
+        "prompts come in chunks that hold up nobody's tokens for long; as fast as a step holds them; or so slowly that "
+        "gaps between tokens stay below three decode steps",
     )
     prefix_cache_scope: Literal["key", "server"] = flag(
         "key", BATCH, "who shares cached prompts: callers with one key, or all"

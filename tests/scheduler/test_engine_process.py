@@ -169,10 +169,9 @@ def test_the_engine_has_the_limits_that_were_loaded() -> None:
     assert (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len) == (8, 32, 6000)
     assert (limits.prefix_cache_scope, engine.lag) == ("server", 1)
     assert (engine.scheduler.pool.num_blocks, engine.scheduler.pool.caching) == (NUM_BLOCKS, False)
-    assert (engine.scheduler.pace.sizes, engine.scheduler.pace.patient) == ([128, 256], True)
-    assert not build_engine(
-        EngineConfig(RunnerOptions("m")), Loaded(FakeRunner(8, 4), model_info(), 1)
-    ).scheduler.pace.patient
+    assert (engine.scheduler.pace.sizes, engine.scheduler.pace.goal) == ([128, 256], "throughput")
+    lone = build_engine(EngineConfig(RunnerOptions("m")), Loaded(FakeRunner(8, 4), model_info(), 1))
+    assert lone.scheduler.pace.goal == "latency"
 
 
 class RealEngine:

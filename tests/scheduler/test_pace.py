@@ -5,7 +5,21 @@ from collections.abc import Callable
 
 import pytest
 
-from ropeway.scheduler.pace import BURST, FEW, FLOOR, GAP, LONGEST, MANY, PROBE_STEPS, SHORTEST, SOON, TURN, Pace
+from ropeway.scheduler.pace import (
+    BURST,
+    FEW,
+    FLOOR,
+    GAP,
+    LONGEST,
+    MANY,
+    PROBE_STEPS,
+    SHORTEST,
+    SMOOTH,
+    SOON,
+    TURN,
+    Goal,
+    Pace,
+)
 
 DECODE, TOKEN = 5.5e-3, 20e-6
 """Seconds of a decode step and per prompt token: an 8B model's on a large GPU."""
@@ -33,9 +47,9 @@ def drive(pace: Pace, cost: Cost, steps: int, most: int = 10**6) -> list[tuple[i
     return seen
 
 
-def settled(cost: Cost = additive) -> Pace:
+def settled(cost: Cost = additive, goal: Goal = "latency") -> Pace:
     """A pace that knows the device."""
-    pace = Pace()
+    pace = Pace(goal=goal)
     pace.observe(0, 8000, cost(8000))
     drive(pace, cost, 2 * PROBE_STEPS)
     pace.observe(48, 0, cost(0))
@@ -196,11 +210,22 @@ def test_some_who_wait_take_no_turns() -> None:
 
 def test_whoever_optimizes_for_throughput_gives_prompts_whole_steps() -> None:
     """Guards batches that nobody reads along, from the first step on."""
-    pace = Pace(patient=True)
+    pace = Pace(goal="throughput")
     for _ in range(2 * PROBE_STEPS):
         assert pace.share_beside(48, 1, BUDGET) == BUDGET
         pace.launched(BUDGET)
         pace.observe(48, BUDGET, additive(BUDGET))
+
+
+@costs
+def test_smoothness_keeps_every_gap_below_three_decode_steps(cost: Cost) -> None:
+    """Guards voices and other steady readers: nobody who comes, one or a crowd, holds the others up, and prompts still
+    get all that such a gap has room for."""
+    pace = settled(cost, "smoothness")
+    for waiting in (1, 2, 8, 200):
+        gaps = [cost(tokens) for tokens in crowd(pace, 48, waiting, 3 * PROBE_STEPS, cost)]
+        assert max(gaps) < 3 * cost(0)
+        assert max(gaps) == pytest.approx(SMOOTH * cost(0), rel=0.05)
 
 
 def test_short_prompts_that_come_one_by_one_are_not_held_up() -> None:
